@@ -1,0 +1,3 @@
+"""Token sparsity for vision transformers: one call makes an existing model cheaper."""
+
+from vistoken._version import __version__

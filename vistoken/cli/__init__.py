@@ -1,0 +1,1 @@
+"""Command lines: argument handling only, the work is done elsewhere."""

@@ -1,0 +1,1 @@
+"""Evaluation: accuracy, fidelity, cost and speed of wrapped models."""

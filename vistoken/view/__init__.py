@@ -1,0 +1,1 @@
+"""Pictures of what a method did to an image's tokens."""
