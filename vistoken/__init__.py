@@ -1,3 +1,72 @@
-"""Token sparsity for vision transformers: one call makes an existing model cheaper."""
+"""Token sparsity for vision transformers: one call makes an existing model cheaper.
 
+    model = vistoken.wrap(model, vistoken.ToMe(r=13))
+
+Importing vistoken needs torch only; model libraries are imported on first use.
+"""
+
+from __future__ import annotations
+
+from vistoken import methods
 from vistoken._version import __version__
+from vistoken.api import Info, flops, info, trace, unwrap, wrap
+from vistoken.errors import (
+    AlreadyWrappedError,
+    ConfigError,
+    NotWrappedError,
+    RecomputeError,
+    ScheduleError,
+    TapError,
+    UnsupportedBackboneError,
+    UnsupportedMethodError,
+    VistokenError,
+)
+from vistoken.methods import (
+    MCTF,
+    DiffRate,
+    EViT,
+    Method,
+    Pool,
+    RandomDrop,
+    ToFu,
+    ToMe,
+    ZeroTPrune,
+    parse,
+)
+from vistoken.schedule import Schedule
+from vistoken.state import Assignment, SourceMap
+from vistoken.tracing import Trace
+
+__all__ = [
+    "MCTF",
+    "AlreadyWrappedError",
+    "Assignment",
+    "ConfigError",
+    "DiffRate",
+    "EViT",
+    "Info",
+    "Method",
+    "NotWrappedError",
+    "Pool",
+    "RandomDrop",
+    "RecomputeError",
+    "Schedule",
+    "ScheduleError",
+    "SourceMap",
+    "TapError",
+    "ToFu",
+    "ToMe",
+    "Trace",
+    "UnsupportedBackboneError",
+    "UnsupportedMethodError",
+    "VistokenError",
+    "ZeroTPrune",
+    "__version__",
+    "flops",
+    "info",
+    "methods",
+    "parse",
+    "trace",
+    "unwrap",
+    "wrap",
+]

@@ -1,0 +1,70 @@
+"""Applying an assignment: gather the kept tokens, add the merged ones into their slots."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens of x at `index`.
+
+    Args:
+        x: `[B, N]` or `[B, N, C]`.
+        index: `[B, M]` int64.
+
+    Returns:
+        `[B, M]` or `[B, M, C]`.
+    """
+    if x.dim() == 2:
+        return x.gather(1, index)
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def add_into(base: Tensor, slots: Tensor, values: Tensor) -> Tensor:
+    """`base [B, M(, C)]` plus `values [B, S(, C)]` added at `slots [B, S]`."""
+    if base.dim() == 3:
+        slots = slots[..., None].expand_as(values)
+    return base.scatter_add(1, slots, values)
+
+
+def merge(
+    x: Tensor,
+    keep: Tensor,
+    src: Tensor,
+    dst: Tensor,
+    weight: Tensor | None = None,
+    normalize: bool = True,
+) -> Tensor:
+    """Weighted mean (or sum) of each kept token with the tokens merged into it.
+
+    Args:
+        x: tokens `[B, N, C]`.
+        keep: `[B, M]` index of the token that opens each slot.
+        src: `[B, S]` index of the tokens merged away.
+        dst: `[B, S]` slot that each of them joins.
+        weight: `[B, N]` weight of every token; None weighs all alike.
+        normalize: divide by the slot's total weight.
+
+    Returns:
+        `[B, M, C]` in the dtype of x; sums are kept in fp32 (fp64 for fp64).
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    kept, merged = take(x, keep).to(wide), take(x, src).to(wide)
+    if weight is None:
+        total = kept.new_ones(keep.shape)
+        joined = kept.new_ones(src.shape)
+    else:
+        total, joined = take(weight, keep).to(wide), take(weight, src).to(wide)
+        kept, merged = kept * total[..., None], merged * joined[..., None]
+    out = add_into(kept, dst, merged)
+    if normalize:
+        out = out / add_into(total, dst, joined)[..., None]
+    return out.to(x.dtype)
+
+
+def largest_norm(x: Tensor, keep: Tensor, src: Tensor, dst: Tensor) -> Tensor:
+    """Largest Euclidean norm among the members of each slot, `[B, M]` in fp32 or fp64."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    norm = x.to(wide).norm(dim=-1)
+    return take(norm, keep).scatter_reduce(1, dst, take(norm, src), "amax")
