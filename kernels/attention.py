@@ -48,8 +48,9 @@ def page_rank(
 ) -> Tensor:
     """`steps` power iterations `s <- A^T s` on the attention graph of every head.
 
-    With `z` the row normalisers, one step is `log s_j <- bias_j + LSE_i(scale q_i.k_j + log s_i - z_i)`:
-    a normaliser again, with queries and keys exchanged, so A is never stored.
+    With `z` the row normalisers, one step is
+    `log s_j <- bias_j + LSE_i(scale q_i.k_j + log s_i - z_i)`: a normaliser again, with queries and
+    keys exchanged, so A is never stored.
 
     Args:
         q: queries `[B, H, N, d]`.
@@ -74,7 +75,7 @@ def page_rank(
 
 
 def received(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Attention that every token receives, averaged over queries and heads (column mean), `[B, N]`."""
+    """Attention every token receives, averaged over queries and heads (column mean), `[B, N]`."""
     batch, tokens = q.shape[0], q.shape[2]
     start = q.new_full((batch, tokens), 1.0 / tokens, dtype=_wide(q))
     return page_rank(q, k, bias, scale, start, 1).mean(1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def unit(x: Tensor) -> Tensor:
-    """x `[..., d]` scaled to unit length in fp32 (fp64 for fp64); zero vectors stay zero."""
+    """Features `[..., d]` scaled to unit length in fp32 (fp64 for fp64); zero vectors stay zero."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return F.normalize(x.to(wide), dim=-1, eps=1e-12)
 

@@ -68,3 +68,10 @@ def largest_norm(x: Tensor, keep: Tensor, src: Tensor, dst: Tensor) -> Tensor:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     norm = x.to(wide).norm(dim=-1)
     return take(norm, keep).scatter_reduce(1, dst, take(norm, src), "amax")
+
+
+def rescale(x: Tensor, length: Tensor) -> Tensor:
+    """Tokens `[B, M, C]` brought to the Euclidean norms `length [B, M]`; zero vectors stay zero."""
+    own = x.to(length.dtype).norm(dim=-1).clamp_min(1e-12)
+    scaled: Tensor = x * (length / own)[..., None]
+    return scaled.to(x.dtype)

@@ -97,8 +97,8 @@ def _row(host: nn.Module) -> tuple[BlockSpec, list[nn.Module]]:
         for part in parts:
             if not isinstance(lookup(block, part), nn.Module):
                 raise UnsupportedBackboneError(
-                    f"{class_path(type(host))} ({spec.family}): looked for module '{part}' in block "
-                    f"{index}; found {sorted(name for name, _ in block.named_children())}"
+                    f"{class_path(type(host))} ({spec.family}): looked for module '{part}' in "
+                    f"block {index}; found {sorted(name for name, _ in block.named_children())}"
                 )
     for part in filter(None, (spec.patch, spec.exit)):
         if not isinstance(lookup(host, part), nn.Module):
@@ -129,8 +129,8 @@ def shape_of(
     declared = getattr(host, "num_prefix_tokens", prefix)
     if declared != prefix:
         raise UnsupportedBackboneError(
-            f"{class_path(type(host))}: it declares {declared} prefix tokens, {prefix} were found in "
-            f"{', '.join(spec.class_tokens + spec.registers)}"
+            f"{class_path(type(host))}: it declares {declared} prefix tokens, {prefix} were found "
+            f"in {', '.join(spec.class_tokens + spec.registers)}"
         )
     conv = lookup(host, spec.patch)
     assert isinstance(conv, nn.Module)

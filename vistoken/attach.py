@@ -1,9 +1,9 @@
-"""The branch bypass: hooks that shorten the residual stream inside a block whose forward is not ours.
+"""The branch bypass: hooks that shorten the residual stream inside a block that is not ours.
 
-A pre-norm block computes `x = x + A(n1(x))`, then `x = x + M(n2(x))`, and only the block holds x. At
-the entry of the MLP branch the residual stream is reduced and the short one goes on; at its last
-module `short + branch` is kept and a one-element zero returned, which the host's own add broadcasts;
-at the block's end the kept sum replaces the host's. The host's forward always runs.
+A pre-norm block computes `x = x + A(n1(x))`, then `x = x + M(n2(x))`, and only the block holds x.
+At the entry of the MLP branch the residual stream is reduced and the short one goes on; at its last
+module `short + branch` is kept and a one-element zero returned, which the host's own add
+broadcasts; at the block's end the kept sum replaces the host's. The host's forward always runs.
 """
 
 from __future__ import annotations
@@ -125,9 +125,9 @@ class Attachment:
             if frame.inputs[block] == wanted:
                 return frame
         raise RecomputeError(
-            f"activation checkpointing recomputes block {block} of a forward pass that is not known "
-            f"any more. The last {FRAMES_KEPT} passes are kept; reentrant checkpointing cannot be "
-            "followed, use use_reentrant=False"
+            f"activation checkpointing recomputes block {block} of a forward pass that is not "
+            f"known any more. The last {FRAMES_KEPT} passes are kept; reentrant checkpointing cannot "
+            "be followed, use use_reentrant=False"
         )
 
     def close(self) -> None:
@@ -287,7 +287,7 @@ class TapEnter(Hook):
         attachment = self.attachment
         self.tap = attachment.pool_tap() if self.pool else attachment.tap(self.block)
         if self.tap is not None:
-            self.tap.__enter__()
+            self.tap.__enter__()  # type: ignore[no-untyped-call]
 
 
 class TapLeave(Hook):
@@ -301,11 +301,11 @@ class TapLeave(Hook):
         tap, self.enter.tap = self.enter.tap, None
         if tap is None:
             return
-        tap.__exit__(None, None, None)
+        tap.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if output is not None and tap.calls != 1:
             raise TapError(
-                f"{tap.calls} fused attention calls passed through {type(module).__name__} of block "
-                f"{self.block}, 1 was expected. Use the host's fused attention (timm: "
+                f"{tap.calls} fused attention calls passed through {type(module).__name__} of "
+                f"block {self.block}, 1 was expected. Use the host's fused attention (timm: "
                 "set_fused_attn(True); transformers: attn_implementation='sdpa')"
             )
 
@@ -418,7 +418,7 @@ def full_states(attachment: Attachment, part: Any) -> Any:
 
 
 def select_positions(table: Tensor, state: TokenState) -> Tensor:
-    """Rotary tables `[M0, D]` or `[H, M0, D]` (or per image) at the living patches, `[B, H|1, M, D]`."""
+    """Rotary tables `[M0, D]`, `[H, M0, D]` or per image, at the living patches: `[B, H, M, D]`."""
     assert state.origin is not None
     index = state.origin[:, state.prefix :] - state.prefix
     while table.dim() < 4:

@@ -81,7 +81,7 @@ class Intermediates:
 
 
 def chosen_blocks(depth: int, indices: int | list[int] | tuple[int, ...] | None) -> list[int]:
-    """Blocks that `indices` means: all, the last n, or a list with negatives counted from the end."""
+    """Blocks that `indices` means: all, the last n, or a list (negatives count from the end)."""
     if indices is None:
         return list(range(depth))
     if isinstance(indices, int):

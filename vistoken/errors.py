@@ -16,7 +16,7 @@ class ScheduleError(VistokenError, ValueError):
 
 
 class UnsupportedBackboneError(VistokenError, TypeError):
-    """The model belongs to no family that vistoken can carry; says what was looked for and found."""
+    """The model is of no family that vistoken carries; says what was looked for and found."""
 
 
 class UnsupportedMethodError(UnsupportedBackboneError):

@@ -212,8 +212,8 @@ def solve(
         return low
     if cost(high) > target:
         raise ScheduleError(
-            f"a cost of {target:.4g} G is out of reach: this method goes down to {cost(high):.4g} G "
-            f"on this model, from {cost(low):.4g} G"
+            f"a cost of {target:.4g} G is out of reach: this method goes down to {cost(high):.4g} "
+            f"G on this model, from {cost(low):.4g} G"
         )
     for _ in range(steps):
         middle = (low + high) / 2

@@ -1,4 +1,4 @@
-"""What a method may know about a model before the first forward pass: lengths and costs, no tensors."""
+"""What a method may know about a model before it runs: lengths and costs, no tensors."""
 
 from __future__ import annotations
 

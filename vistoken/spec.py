@@ -1,4 +1,4 @@
-"""The data row that tells vistoken where to hook a family of backbones; strings, no host library."""
+"""The data row that says where to hook a family of backbones; strings, no host library."""
 
 from __future__ import annotations
 

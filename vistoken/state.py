@@ -53,9 +53,7 @@ class Assignment:
         mean = ops.merge(x, self.keep, self.src, self.dst, self.weight)
         if self.rule == "mean":
             return mean
-        length = ops.largest_norm(x, self.keep, self.src, self.dst)
-        own = mean.to(length.dtype).norm(dim=-1).clamp_min(1e-12)
-        return (mean * (length / own)[..., None]).to(x.dtype)
+        return ops.rescale(mean, ops.largest_norm(x, self.keep, self.src, self.dst))
 
     def select(self, x: Tensor) -> Tensor:
         """Of any per-token tensor `[B, N]` or `[B, N, C]` the entries of the kept tokens."""

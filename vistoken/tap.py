@@ -1,8 +1,8 @@
 """The attention tap: sees q, k, v where every family calls fused attention, after norms and RoPE.
 
-While it is entered, a `TorchFunctionMode` receives each call of `F.scaled_dot_product_attention`. It
-hands the declared signals to the method and adds the log of the token sizes to the host's own mask.
-`nn.MultiheadAttention` calls `F.multi_head_attention_forward` instead, which is computed here,
+While it is entered, a `TorchFunctionMode` receives each call of `F.scaled_dot_product_attention`.
+It hands the declared signals to the method and adds the log of the token sizes to the host's own
+mask. `nn.MultiheadAttention` calls `F.multi_head_attention_forward` instead, which is computed here,
 because entering the mode again around that function would never end.
 """
 
@@ -88,7 +88,7 @@ class Tap(TorchFunctionMode):
         )
 
     def mask(self, mask: Tensor | None, bias: Tensor | None, key: Tensor) -> Tensor | None:
-        """The host's mask at the living tokens plus the size bias, broadcast over heads and rows."""
+        """The host's mask at the living tokens plus the size bias, for all heads and rows."""
         if mask is not None:
             mask = self.living(mask, key.shape[2])
         if bias is None:

@@ -6,6 +6,7 @@ Adding a method: one file here with a frozen dataclass, one test file, one line 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from vistoken.errors import ConfigError
 from vistoken.methods.base import Features, Method, Need, parse_value
@@ -50,7 +51,7 @@ def parse(text: str) -> Method:
         raise ConfigError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
     cls = METHODS[name]
     fields = {field.name for field in dataclasses.fields(cls)}
-    settings: dict[str, object] = {}
+    settings: dict[str, Any] = {}
     for part in _split(rest):
         key, equals, value = part.partition("=")
         key = key.strip()

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
@@ -56,8 +57,8 @@ class Features:
 class Method:
     """Base of all methods: a frozen dataclass of settings, checked when it is created.
 
-    A method answers two questions: how many tokens each block keeps (`counts`, before the run, on the
-    host) and which ones (`assign`, per block, on the device).
+    A method answers two questions: how many tokens each block keeps (`counts`, before the run,
+    on the host) and which ones (`assign`, per block, on the device).
 
     Args:
         round_to: raise every count to the next multiple, prefix included; 1 is off.
@@ -137,7 +138,7 @@ def at_rate(
 
 
 def at_count(cls: Callable[[int], Method], shape: ModelShape, gflops: float) -> int:
-    """The smallest number of tokens removed per block at which `cls(r)` costs at most `gflops` G."""
+    """The smallest r, tokens removed per block, at which `cls(r)` costs at most `gflops` G."""
     most = shape.patches
     r = solve(gflops, 0, most, lambda value: cls(-int(-value // 1)).cost(shape))
     return -int(-r // 1)
@@ -166,7 +167,7 @@ def as_blocks(owner: object, field: str) -> tuple[int, ...]:
     if is_int(value):
         value = (value,)
     ok = isinstance(value, (list, tuple)) and all(is_int(b) and b >= 0 for b in value)
-    ok = ok and len(value) > 0 and all(a < b for a, b in zip(value, value[1:], strict=False))
+    ok = ok and len(value) > 0 and all(a < b for a, b in pairwise(value))
     require(owner, field, ok, "rising block indices, 0 is the first block")
     blocks = tuple(value)
     object.__setattr__(owner, field, blocks)

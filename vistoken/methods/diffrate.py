@@ -1,4 +1,4 @@
-"""DiffRate, Chen et al., ICCV 2023, arXiv 2305.17997: learned counts of pruned and merged tokens."""
+"""DiffRate, Chen et al., ICCV 2023, arXiv 2305.17997: learned counts."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class DiffRate(Method):
     """Prune the least attended patches, then merge the next least attended into the kept ones.
 
     Patches are sorted by the class tokens' attention. The tail is pruned; the next share merges, by
-    cosine of the residual stream, into the patches that stay (plain mean). A merged token brings its
-    size times that cosine, negative cosines count as 0 so that sizes never fall below 1.
+    cosine of the residual stream, into the patches that stay (plain mean). A merged token brings
+    its size times that cosine; negative cosines count as 0, so that sizes never fall below 1.
 
     The counts come from `schedule` or from `gflops`. With `gflops` alone the published list of the
     same model and label is taken where there is one, else the family
@@ -56,7 +56,7 @@ class DiffRate(Method):
         given = (self.gflops is not None) + (self.schedule is not None)
         if given != 1:
             raise ConfigError(
-                f"DiffRate takes its counts from gflops=... or schedule=...; {given} of them are given"
+                f"DiffRate takes its counts from gflops=... or schedule=...; {given} of them given"
             )
         if self.gflops is not None:
             require(self, "gflops", self.gflops > 0, "a cost in G, larger than 0")

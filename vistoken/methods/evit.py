@@ -30,7 +30,7 @@ class EViT(Method):
     """Keep the patches that the class token attends to, fuse the others into one token.
 
     Candidates are the patch tokens only: class, distillation and register tokens stay. The fused
-    token is `sum a_j x_j` over the dropped tokens, with their attention as it is (not renormalised).
+    token is `sum a_j x_j` over the dropped tokens, with their attention as is (not renormalised).
 
     Args:
         keep_rate: share of the patch tokens kept at each chosen block, in (0, 1].

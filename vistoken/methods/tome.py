@@ -22,9 +22,9 @@ from vistoken.state import Assignment, TokenState
 class ToMe(Method):
     """Merge the r most similar pairs of tokens in every block.
 
-    Tokens at even positions look for their most similar partner among those at odd positions, by the
-    cosine of head-averaged keys; the r best pairs merge into their size-weighted mean. Attention
-    weighs keys by size (proportional attention): right for supervised models, off for MAE models
+    Tokens at even positions look for their most similar partner among those at odd positions, by
+    the cosine of head-averaged keys; the r best pairs merge into their size-weighted mean.
+    Attention weighs keys by size (proportional attention): right for supervised models, off for MAE models
     used without fine-tuning (section 4.2 of the paper).
 
     Args:

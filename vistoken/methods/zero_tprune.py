@@ -34,13 +34,13 @@ class ZeroTPrune(Method):
     """Prune after a block: first near-duplicates (S-stage), then the unimportant (I-stage).
 
     Importance is a weighted page rank on the block's attention graph, `s <- A^T s`, heads joined by
-    their root mean square (EIR) after dropping heads whose scores vary too little or too much (VHF).
+    their root mean square (EIR) without the heads whose scores vary too little or too much (VHF).
     One step of it ranks tokens before the S-stage; the survivors are ranked again with all steps.
     The attention matrix is never stored: each step is one softmax normalisation.
 
     Where the paper is silent we choose: pruning after blocks 1, 3, 6, 9, 11 (counted from 1), the
-    same keep rate at each, half of it per stage, and the variance taken of `N s` (of scores that sum
-    to 1 it could never reach the paper's lower threshold).
+    same keep rate at each, half of it per stage, and the variance taken of `N s` (scores that sum
+    to 1 could never reach the paper's threshold).
 
     Args:
         keep_rate: share of the patch tokens kept at each chosen block, in (0, 1].
