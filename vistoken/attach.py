@@ -126,7 +126,7 @@ class Attachment:
                 return frame
         raise RecomputeError(
             f"activation checkpointing recomputes block {block} of a forward pass that is not "
-            f"known any more. The last {FRAMES_KEPT} passes are kept; reentrant checkpointing cannot "
+            f"known any more. The last {FRAMES_KEPT} passes are kept; reentrant checkpoints cannot "
             "be followed, use use_reentrant=False"
         )
 

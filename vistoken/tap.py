@@ -2,8 +2,8 @@
 
 While it is entered, a `TorchFunctionMode` receives each call of `F.scaled_dot_product_attention`.
 It hands the declared signals to the method and adds the log of the token sizes to the host's own
-mask. `nn.MultiheadAttention` calls `F.multi_head_attention_forward` instead, which is computed here,
-because entering the mode again around that function would never end.
+mask. `nn.MultiheadAttention` calls `F.multi_head_attention_forward` instead, which is computed
+here, because entering the mode again around that function would never end.
 """
 
 from __future__ import annotations

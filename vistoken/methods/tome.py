@@ -24,8 +24,8 @@ class ToMe(Method):
 
     Tokens at even positions look for their most similar partner among those at odd positions, by
     the cosine of head-averaged keys; the r best pairs merge into their size-weighted mean.
-    Attention weighs keys by size (proportional attention): right for supervised models, off for MAE models
-    used without fine-tuning (section 4.2 of the paper).
+    Attention weighs keys by size (proportional attention): right for supervised models, off for MAE
+    models used without fine-tuning (section 4.2 of the paper).
 
     Args:
         r: tokens merged per block; a list gives one number per block and is padded with zeros.
