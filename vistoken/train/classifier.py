@@ -1,0 +1,125 @@
+"""The classifier that training runs share: a timm model, its optimiser and its average."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from vistoken.train.schedules import cosine_factor, time_progress
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Classifier(LightningModule):  # type: ignore[misc]
+    """Cross-entropy training of a timm classifier.
+
+    Args:
+        model_name: Name of a timm architecture; it starts from random weights.
+        num_classes: Classes to tell apart.
+        model_args: Further arguments of `timm.create_model`.
+        drop_path: Greatest stochastic-depth rate, in 0..1.
+        label_smoothing: Probability mass spread over all classes, in 0..1.
+        optimizer: Name of a timm optimiser, such as `adamw` or `muon`; hybrids like `muon` fall
+            back to AdamW for 1-D parameters, embeddings and the head.
+        lr: Highest learning rate.
+        weight_decay: Decoupled decay, not applied to 1-D parameters and position embeddings.
+        warmup: Share of the run in which the learning rate rises linearly, in 0..1.
+        ema_decay: Decay of the running average of the weights that validation uses; 0 turns the
+            average off.
+        compile: Whether to compile the model with `torch.compile` before training.
+    """
+
+    def __init__(
+        self,
+        model_name: str = "deit_tiny_patch16_224",
+        num_classes: int = 10,
+        model_args: dict[str, Any] | None = None,
+        drop_path: float = 0.05,
+        label_smoothing: float = 0.1,
+        optimizer: str = "adamw",
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        warmup: float = 0.05,
+        ema_decay: float = 0.999,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net: nn.Module = timm.create_model(
+            model_name, num_classes=num_classes, drop_path_rate=drop_path, **(model_args or {})
+        )
+        self.ema: ModelEmaV3 | None = None
+        if ema_decay > 0:
+            self.ema = ModelEmaV3(self.net, decay=ema_decay, use_warmup=True).requires_grad_(False)
+        self.label_smoothing = label_smoothing
+        # Argument checks would make the host wait for the device at every batch.
+        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+
+    def evaluation_net(self) -> nn.Module:
+        """Return the averaged model, or the trained one where no average is kept."""
+        return self.net if self.ema is None else self.ema.module
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits `[B, classes]` of normalised images `[B, 3, H, W]`."""
+        logits: Tensor = self.evaluation_net()(images)
+        return logits
+
+    def on_fit_start(self) -> None:
+        """Compile in place, which keeps the names in the checkpoint."""
+        if self.hparams["compile"]:
+            self.net.compile()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the smoothed cross-entropy of one batch."""
+        images, labels = batch
+        logits = self.net(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        self.log("train/loss", loss)
+        self.log("train/top1", (logits.detach().argmax(1) == labels).float().mean())
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Move the average towards the new weights."""
+        if self.ema is not None:
+            self.ema.update(self.net, step=self.global_step)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Count the averaged model's hits."""
+        images, labels = batch
+        logits = self(images)
+        self.val_accuracy(logits, labels)
+        self.log("val/loss", F.cross_entropy(logits, labels), prog_bar=True)
+        self.log("val/top1", self.val_accuracy, prog_bar=True)
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimiser and its cosine schedule, which follows steps or `max_time`."""
+        options: dict[str, Any] = {"lr": self.hparams["lr"]}
+        if "muon" in self.hparams["optimizer"]:
+            options |= {"fallback_list": ("head",), "fallback_no_weight_decay": True}
+        optimizer = create_optimizer_v2(
+            self.net,
+            opt=self.hparams["optimizer"],
+            weight_decay=self.hparams["weight_decay"],
+            **options,
+        )
+        total = self.trainer.estimated_stepping_batches
+
+        def factor(step: int) -> float:
+            progress = max(step / total, time_progress(self.trainer))
+            return cosine_factor(progress, self.hparams["warmup"])
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
