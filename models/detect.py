@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vistoken.errors import UnsupportedBackboneError
 from vistoken.models import hf_vision, open_clip_vit, timm_vit
 from vistoken.shape import BlockCost, ModelShape
-from vistoken.spec import BlockSpec, Readout, class_path, lookup
+from vistoken.spec import BlockSpec, class_path, lookup
 
 ROWS: tuple[BlockSpec, ...] = (*timm_vit.ROWS, *open_clip_vit.ROWS, *hf_vision.ROWS)
 """Every family that can be carried."""
@@ -27,7 +27,6 @@ class Backbone:
         path: name of the host inside the model, empty for the model itself.
         blocks: the blocks in order.
         shape: lengths and costs at its default image size.
-        readout: what its head needs.
     """
 
     spec: BlockSpec
@@ -35,7 +34,6 @@ class Backbone:
     path: str
     blocks: list[nn.Module]
     shape: ModelShape
-    readout: Readout
 
 
 def find(model: nn.Module) -> Backbone:
@@ -71,9 +69,7 @@ def find(model: nn.Module) -> Backbone:
         reason = spec.refuse(host, attn)
         if reason is not None:
             raise UnsupportedBackboneError(f"{class_path(type(host))} ({spec.family}): {reason}")
-    return Backbone(
-        spec, host, path, blocks, shape_of(model, host, spec, blocks), spec.readout(host)
-    )
+    return Backbone(spec, host, path, blocks, shape_of(model, host, spec, blocks))
 
 
 def _row(host: nn.Module) -> tuple[BlockSpec, list[nn.Module]]:

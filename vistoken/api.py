@@ -72,7 +72,6 @@ def wrap(model: M, method: Method | str, *, fill: Fill = "nearest") -> M:
         backbone.shape,
         backbone.host,
         backbone.blocks,
-        backbone.readout,
         fill,
     )
     attach(attachment)

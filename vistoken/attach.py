@@ -35,7 +35,6 @@ class Attachment:
         shape: lengths and costs at the model's default image size.
         host: the module that owns the blocks.
         blocks: the blocks in order.
-        readout: what the head needs, see `Readout`.
         fill: what pruned cells get in dense outputs.
     """
 
@@ -46,7 +45,6 @@ class Attachment:
         shape: ModelShape,
         host: nn.Module,
         blocks: list[nn.Module],
-        readout: Readout,
         fill: Fill,
     ) -> None:
         self.spec = spec
@@ -54,7 +52,6 @@ class Attachment:
         self.shape = shape
         self.host = host
         self.blocks = blocks
-        self.readout = readout
         self.fill = fill
         self.needs = method.needs
         self.proportional = method.proportional
@@ -75,6 +72,11 @@ class Attachment:
         state = dict(self.__dict__)
         state.update(frame=None, past=deque(maxlen=FRAMES_KEPT), tracer=None)
         return state
+
+    @property
+    def readout(self) -> Readout:
+        """What the head needs; asked anew each time, for hosts can change their pooling."""
+        return self.spec.readout(self.host)
 
     def plan(self, grid: tuple[int, int]) -> Schedule:
         """The schedule on a patch grid, planned once."""
@@ -148,10 +150,10 @@ class Attachment:
         if not (collects or biased or masked):
             return None
 
-        def log_size(keys: int) -> Tensor | None:
+        def log_size(key: Tensor) -> Tensor | None:
             if not self.proportional or state.size is None:
                 return None
-            return state.size.log()
+            return state.size.to(widened(key)).log()
 
         def collect(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> None:
             with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
@@ -170,10 +172,11 @@ class Attachment:
             return None
         size, prefix = state.size, state.prefix
 
-        def log_size(keys: int) -> Tensor | None:
+        def log_size(key: Tensor) -> Tensor | None:
+            keys = key.shape[2]
             if keys not in (size.shape[1], size.shape[1] - prefix):
                 return None
-            return size[:, -keys:].log()
+            return size[:, -keys:].to(widened(key)).log()
 
         return Tap(log_size, None, lambda: None)
 
@@ -233,9 +236,9 @@ class Attachment:
         if state.size is None:
             return y
         first = 0 if self.readout == "weigh_all" else state.prefix
-        size = state.size[:, first:]
+        size = state.size[:, first:].to(widened(y))
         share = size * (size.shape[1] / size.sum(1, keepdim=True))
-        share = torch.cat([torch.ones_like(state.size[:, :first]), share], 1)
+        share = torch.cat([share.new_ones(share.shape[0], first), share], 1)
         return (y * share[..., None]).to(y.dtype)
 
 
@@ -415,6 +418,11 @@ def full_states(attachment: Attachment, part: Any) -> Any:
     if not isinstance(part, tuple) or len(part) != attachment.shape.depth + 1:
         return part
     return tuple(attachment.full(state, block) for block, state in enumerate(part))
+
+
+def widened(x: Tensor) -> torch.dtype:
+    """The type in which weights by size are computed for x: fp32, or fp64 for fp64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def select_positions(table: Tensor, state: TokenState) -> Tensor:

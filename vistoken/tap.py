@@ -27,15 +27,16 @@ class Tap(TorchFunctionMode):
     """Intercepts the attention call of one module.
 
     Args:
-        log_size: from the number of keys, the additive key bias `[B, N]` in fp32, or None.
+        log_size: from the keys `[B, H, N, d]`, the additive key bias `[B, N]` in fp32 or fp64, or
+            None.
         collect: receives q, k `[B, H, N, d]`, the bias and the scale; None collects nothing.
-        columns: from the number of keys, the indices `[B, N]` of the living tokens among the host's
-            mask columns, or None when no token is gone.
+        columns: gives the indices `[B, N]` of the living tokens among the host's mask columns, or
+            None when no token is gone.
     """
 
     def __init__(
         self,
-        log_size: Callable[[int], Tensor | None],
+        log_size: Callable[[Tensor], Tensor | None],
         collect: Collect | None,
         columns: Callable[[], Tensor | None],
     ) -> None:
@@ -72,7 +73,7 @@ class Tap(TorchFunctionMode):
     ) -> Tensor:
         """Fused attention with the size bias; q, k, v `[B, H, N, d]`."""
         self.calls += 1
-        bias = self.log_size(key.shape[2])
+        bias = self.log_size(key)
         if self.collect is not None:
             factor = query.shape[-1] ** -0.5 if scale is None else scale
             self.collect(query, key, bias, factor)
