@@ -130,16 +130,16 @@ def shape_of(
         )
     conv = lookup(host, spec.patch)
     assert isinstance(conv, nn.Module)
-    weight = conv.weight
-    assert isinstance(weight, Tensor)
+    # A convolutional stem may end in the right width already and have no projection.
+    weight = getattr(conv, "weight", None)
     costs = tuple(_cost(block, spec) for block in blocks)
     return ModelShape(
         grid=grid_at(host, spec, None),
         prefix=prefix,
         cls=cls,
-        width=weight.shape[0],
+        width=int(getattr(host, "embed_dim", 0) if weight is None else weight.shape[0]),
         blocks=costs,
-        stem=weight.numel(),
+        stem=0 if weight is None else weight.numel(),
         head=_head(model, host),
         pool=_pool_kind(host),
     )

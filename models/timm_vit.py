@@ -27,6 +27,8 @@ def refuse(host: nn.Module, attn: nn.Module) -> str | None:
         return (
             "its attention runs unfused; call timm.layers.set_fused_attn(True) before building it"
         )
+    if hasattr(attn, "lambda_init"):
+        return "its attention subtracts two softmax maps (differential attention)"
     for table in ("relative_position_bias_table", "rel_pos"):
         if getattr(attn, table, None) is not None:
             return "its attention adds a relative position table over the whole grid"
