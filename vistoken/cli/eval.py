@@ -1,0 +1,67 @@
+"""`python eval.py`: accuracy, fidelity, cost and speed of every method on one model."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any, get_args, get_origin, get_type_hints
+
+from vistoken.cli.errors import guarded
+from vistoken.eval.options import EvalOptions
+
+
+def make_parser() -> Any:
+    """One option per field of `EvalOptions`, and `--config` for YAML files."""
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(
+        prog="eval.py",
+        description="Evaluate token reduction. Without options: the embedded reference model on "
+        "the embedded scenes, every method at three budgets.",
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    types_of = get_type_hints(EvalOptions)
+    for field in dataclasses.fields(EvalOptions):
+        kind: Any = types_of[field.name]
+        names = [f"--{field.name}", *(["--device"] if field.name == "accelerator" else [])]
+        settings: dict[str, Any] = {"help": field.metadata["help"]}
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if field.name == "method":
+            settings |= {"type": str, "action": "append", "default": None}
+        elif get_origin(kind) is list:
+            settings |= {"type": get_args(kind)[0], "nargs": "+", "default": default}
+        elif kind is bool:
+            settings |= {"type": bool, "nargs": "?", "const": True, "default": default}
+        else:
+            settings |= {"type": kind, "default": default}
+        parser.add_argument(*names, **settings)
+    return parser
+
+
+def parse_options(args: Sequence[str] | None = None) -> EvalOptions:
+    """The options on a command line.
+
+    Raises:
+        SystemExit: with code 2 for an unknown option or a value of the wrong type.
+        ConfigError: a value that no evaluation could use.
+    """
+    given = vars(make_parser().parse_args(None if args is None else list(args)))
+    fields = {field.name for field in dataclasses.fields(EvalOptions)}
+    values = {name: value for name, value in given.items() if name in fields}
+    return EvalOptions(**{**values, "method": values["method"] or []})
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run an evaluation; returns the exit code: 0 ok, 1 failed, 2 wrong options."""
+
+    def run() -> None:
+        options = parse_options(args)
+        from vistoken.eval.run import run_evaluation
+
+        program = "python eval.py" if sys.argv[0].endswith("eval.py") else "vistoken eval"
+        run_evaluation(options, " ".join([program, *(sys.argv[1:] if args is None else args)]))
+
+    return guarded(run)
