@@ -65,6 +65,7 @@ class Attachment:
         self.past: deque[Frame] = deque(maxlen=FRAMES_KEPT)
         self.inside = False
         self.raw = False
+        self.whole: int | None = None
         self.tracer: Any = None
         self.current: tuple[Step, ...] = self.steps[shape.grid]
 
@@ -108,7 +109,8 @@ class Attachment:
             grid = (1, patches)
         self.plan(grid)
         self.current = self.steps[grid]
-        self.frame = Frame(TokenState(x.shape[1], self.shape.prefix, grid), self.shape.depth)
+        start = TokenState(x.shape[1], self.shape.prefix, grid)
+        self.frame = Frame(start, self.shape.depth, self.whole)
         if not compiling and torch.is_grad_enabled():
             self.past.append(self.frame)
         if self.tracer is not None:
@@ -360,6 +362,8 @@ class BlockLeave(Hook):
         attachment.advance(self.block)
         if attachment.tracer is not None:
             attachment.tracer.record(self.block, attachment.current[self.block], frame, first)
+        if frame.whole == self.block:
+            first = attachment.full(first, self.block + 1)
         return (first, *output[1:]) if isinstance(output, tuple) else first
 
 

@@ -17,8 +17,9 @@ NAME = "forward_intermediates"
 class Intermediates:
     """Stands in for one host's `forward_intermediates` (timm and open_clip share its contract).
 
-    The host runs its own, asked for token lists; each intermediate is expanded with the source map
-    of its block, then reshaped as the caller wanted.
+    The host runs its own, asked for token lists; its last block returns the full grid, for its norm
+    and head follow; each other intermediate is expanded with the source map of its block. All are
+    then reshaped as the caller wanted.
     """
 
     def __init__(self, attachment: Attachment) -> None:
@@ -37,13 +38,15 @@ class Intermediates:
         call.apply_defaults()
         wanted = call.arguments["output_fmt"]
         call.arguments["output_fmt"] = "NLC"
+        blocks = chosen_blocks(attachment.shape.depth, call.arguments["indices"])
+        stop = call.arguments.get("stop_early", False)
         attachment.raw = True
+        last = attachment.shape.depth - 1
+        attachment.whole = max(blocks, default=last) if stop else last
         try:
-            result = original(*call.args, **call.kwargs)
-            blocks = chosen_blocks(attachment.shape.depth, call.arguments["indices"])
-            return self.expanded(result, blocks, wanted)
+            return self.expanded(original(*call.args, **call.kwargs), blocks, wanted)
         finally:
-            attachment.raw = False
+            attachment.raw, attachment.whole = False, None
             attachment.close()
 
     def expanded(self, result: Any, blocks: list[int], fmt: str) -> Any:
@@ -55,11 +58,11 @@ class Intermediates:
             ]
             features = result.get("image_features")
             if features is not None and features.dim() == 3:
-                result["image_features"] = self.attachment.full(features)
+                result["image_features"] = self.blanked(features)
             return result
         if isinstance(result, tuple):
             final, listed = result
-            return self.attachment.full(final), self.expanded(listed, blocks, fmt)
+            return self.blanked(final), self.expanded(listed, blocks, fmt)
         return [
             (self.patches(y[0], block, fmt), y[1])
             if isinstance(y, tuple)
@@ -71,13 +74,24 @@ class Intermediates:
         """Patch tokens `[B, n, C]` after `block` as `[B, M0, C]` or `[B, C, h, w]`."""
         attachment = self.attachment
         prefix = attachment.shape.prefix
-        if attachment.running().state(block + 1).origin is not None:
-            blank = y.new_zeros(y.shape[0], prefix, y.shape[2])
+        blank = y.new_zeros(y.shape[0], prefix, y.shape[2])
+        if block == attachment.whole:
+            y = self.blanked(torch.cat([blank, y], 1))[:, prefix:]
+        elif attachment.running().state(block + 1).origin is not None:
             y = attachment.full(torch.cat([blank, y], 1), block + 1)[:, prefix:]
         if fmt == "NLC":
             return y
         rows, cols = attachment.running().state(0).grid
         return y.reshape(y.shape[0], rows, cols, -1).permute(0, 3, 1, 2).contiguous()
+
+    def blanked(self, y: Tensor) -> Tensor:
+        """The last block's tokens `[B, N0, C]` with zeros where a norm left its bias."""
+        attachment = self.attachment
+        assert attachment.whole is not None
+        end = attachment.whole + 1
+        if attachment.fill != "zeros" or attachment.running().state(end).origin is None:
+            return y
+        return y.masked_fill((attachment.source_map(y, end).parent < 0)[..., None], 0.0)
 
 
 def chosen_blocks(depth: int, indices: int | list[int] | tuple[int, ...] | None) -> list[int]:

@@ -182,15 +182,17 @@ class Frame:
         features: by block, what the tap collected.
         short: by block, the reduced residual stream while its branch runs.
         out: by block, the finished output that replaces the host's.
+        whole: the block whose output goes on to the host on the full grid, or None.
     """
 
-    def __init__(self, start: TokenState, depth: int) -> None:
+    def __init__(self, start: TokenState, depth: int, whole: int | None = None) -> None:
         self.states: list[TokenState | None] = [start] + [None] * depth
         self.assignments: list[Assignment | None] = [None] * depth
         self.inputs: list[tuple[int, tuple[int, ...]] | None] = [None] * depth
         self.features: list[dict[str, Any] | None] = [None] * depth
         self.short: list[Tensor | None] = [None] * depth
         self.out: list[Tensor | None] = [None] * depth
+        self.whole = whole
 
     def state(self, block: int) -> TokenState:
         """The tokens that enter `block`."""
