@@ -194,7 +194,8 @@ def _cost(block: nn.Module, spec: BlockSpec) -> BlockCost:
     attn = lookup(block, spec.attn)
     width = getattr(attn, "attn_dim", None) or getattr(attn, "embed_dim", None)
     if width is None:
-        outputs = [lookup(block, f"{spec.attn}.{name}") for name in ("proj", "out_proj", "o_proj")]
+        names = ("proj", "out_proj", "o_proj", "output.dense")
+        outputs = [lookup(block, f"{spec.attn}.{name}") for name in names]
         width = next(m.in_features for m in outputs if isinstance(m, nn.Linear))
     mlp = linear("mlp") if isinstance(lookup(block, "mlp"), nn.Module) else 0
     return BlockCost(linear(spec.attn), int(width), mlp)
