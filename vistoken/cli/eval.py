@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any, get_args, get_origin, get_type_hints
@@ -30,7 +32,7 @@ def make_parser() -> Any:
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         if field.name == "method":
-            settings |= {"type": str, "action": "append", "default": None}
+            settings |= {"type": list[str], "default": []}
         elif get_origin(kind) is list:
             settings |= {"type": get_args(kind)[0], "nargs": "+", "default": default}
         elif kind is bool:
@@ -48,10 +50,18 @@ def parse_options(args: Sequence[str] | None = None) -> EvalOptions:
         SystemExit: with code 2 for an unknown option or a value of the wrong type.
         ConfigError: a value that no evaluation could use.
     """
-    given = vars(make_parser().parse_args(None if args is None else list(args)))
+    words = join_methods(sys.argv[1:] if args is None else args)
+    given = vars(make_parser().parse_args(words))
     fields = {field.name for field in dataclasses.fields(EvalOptions)}
-    values = {name: value for name, value in given.items() if name in fields}
-    return EvalOptions(**{**values, "method": values["method"] or []})
+    return EvalOptions(**{name: value for name, value in given.items() if name in fields})
+
+
+def join_methods(words: Sequence[str]) -> list[str]:
+    """Every `--method` of a command line as one list, which then replaces that of a file."""
+    parser = argparse.ArgumentParser(prog="eval.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("--method", action="append", default=[])
+    given, rest = parser.parse_known_args(list(words))
+    return [*rest, f"--method={json.dumps(given.method)}"] if given.method else rest
 
 
 def main(args: Sequence[str] | None = None) -> int:

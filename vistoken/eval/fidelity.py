@@ -45,7 +45,9 @@ class Fidelity(Metric):  # type: ignore[misc]
     def update(self, reduced: Tensor, dense: Tensor) -> None:
         """Count one batch of logits `[B, classes]` of both models."""
         self.agree += (reduced.argmax(-1) == dense.argmax(-1)).sum()
-        self.kl += divergence(dense, reduced).sum().to(self.kl.dtype)
+        total = divergence(dense, reduced).sum()
+        # Half-precision runs turn the module's buffers into half precision; a sum must not be.
+        self.kl = self.kl.to(total.dtype) + total
         self.seen += len(dense)
 
     def compute(self) -> dict[str, float | int]:

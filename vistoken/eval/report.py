@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,12 +42,11 @@ def split_method(row: Row) -> tuple[str, str]:
     """A row's method and its settings, shortened to what tells it apart."""
     name, _, settings = str(row["method"]).partition(":")
     short = []
-    for part in settings.replace("],", "]\n").split("\n"):
-        for pair in [part] if "[" in part else part.split(","):
-            key, equals, value = pair.partition("=")
-            with contextlib.suppress(ValueError):
-                value = f"{float(value):.4g}"
-            short.append(f"{key}{equals}{value}")
+    for pair in re.split(r",(?![^\[]*\])", settings):
+        key, equals, value = pair.partition("=")
+        with contextlib.suppress(ValueError):
+            value = f"{float(value):.4g}"
+        short.append(f"{key}{equals}{value}")
     return name, " ".join(filter(None, short))
 
 

@@ -74,8 +74,8 @@ def run_evaluation(
         scores = evaluate(classifier, data, cases, options, trainer, lambda: progress.advance(task))
         if trainer.global_rank > 0:
             return {}
-        passes = len(cases) * (options.speed_repeats + 1)
-        task = progress.add_task("time", total=passes if options.speed_repeats else 0)
+        passes = len(cases) * (options.speed_repeats + 1) if options.speed_repeats else 0
+        task = progress.add_task("time", total=passes, visible=passes > 0)
         device = trainer.strategy.root_device
         timings = time_cases(classifier, cases, options, device, lambda: progress.advance(task))
     rows = make_rows(classifier, cases, scores, timings, options, device)

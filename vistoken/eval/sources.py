@@ -186,7 +186,8 @@ def make_loader(data: Any, options: EvalOptions, rank: int = 0, world: int = 1) 
     """Batches of this process's share of the data, in order.
 
     Raises:
-        ConfigError: a stream and several processes, which would see images twice.
+        ConfigError: more processes than images, or several processes on a stream, which would see
+            images twice.
     """
     settings: dict[str, Any] = {
         "batch_size": options.batch_size,
@@ -195,6 +196,8 @@ def make_loader(data: Any, options: EvalOptions, rank: int = 0, world: int = 1) 
     }
     if not isinstance(data, IterableDataset):
         count = len(data) if options.limit is None else min(options.limit, len(data))
+        if count < world:
+            raise ConfigError(f"{count} images cannot be shared by {world} processes")
         return DataLoader(data, sampler=Share(count, rank, world), **settings)
     if world > 1:
         raise ConfigError(

@@ -82,7 +82,8 @@ def measure(
         raise ConfigError("the first entry of methods must be None, the dense model")
     calls: list[Call] = []
     peaks: list[float | None] = []
-    with torch.inference_mode():
+    place = torch.cuda.device(images.device) if on_cuda else nullcontext()
+    with torch.inference_mode(), place:
         for method in methods:
             call = _eager(_variant(model, method), images, autocast, mode == "compiled")
             for _ in range(warmup):
