@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar, get_args
 
+import torch
 from torch import nn
 
 from vistoken import dense
@@ -237,7 +238,9 @@ def _check_model(model: nn.Module) -> None:
         raise UnsupportedBackboneError(
             "nn.DataParallel shares Python state between threads; use DistributedDataParallel"
         )
-    if type(model).__name__ in ("OptimizedModule", "RecursiveScriptModule", "ScriptModule"):
+    compiled = any(m._compiled_call_impl is not None for m in model.modules())
+    scripted = isinstance(model, torch.jit.ScriptModule)
+    if compiled or scripted or type(model).__name__ == "OptimizedModule":
         raise UnsupportedBackboneError(
             f"{type(model).__name__} is compiled already; wrap the model first, then compile it"
         )

@@ -19,7 +19,7 @@ from vistoken.methods.base import Features, Method
 from vistoken.schedule import Schedule, Step
 from vistoken.shape import ModelShape
 from vistoken.spec import BlockSpec, Readout, lookup
-from vistoken.state import Assignment, Fill, Frame, SourceMap, TokenState
+from vistoken.state import Address, Assignment, Fill, Frame, SourceMap, TokenState
 from vistoken.tap import Tap, gather_signals
 
 FRAMES_KEPT = 8
@@ -91,18 +91,22 @@ class Attachment:
 
     def begin(self, block: int, x: Tensor) -> None:
         """The input x `[B, N, C]` of a block arrived: open, continue or find again its frame."""
-        compiling = torch.compiler.is_compiling()
-        if not compiling and torch._C._current_graph_task_id() != -1:
+        again = recomputing()
+        if again:
             self.frame = self.recall(block, x)
+            self.current = self.steps[self.frame.state(0).grid]
         elif block == 0:
-            self.open(x, compiling)
+            self.frame = self.open(x)
         frame = self.running()
         frame.short[block] = frame.out[block] = None
-        if not compiling:
-            frame.inputs[block] = (x.data_ptr(), tuple(x.shape))
+        if again or torch.compiler.is_compiling():
+            return
+        frame.inputs[block] = Address(x)
+        if block == 0 and torch.is_grad_enabled():
+            self.past.append(frame)
 
-    def open(self, x: Tensor, compiling: bool) -> None:
-        """Start the frame of a new forward pass."""
+    def open(self, x: Tensor) -> Frame:
+        """The frame of a new forward pass."""
         patches = x.shape[1] - self.shape.prefix
         grid = self.grid
         if patches != grid[0] * grid[1]:
@@ -110,11 +114,10 @@ class Attachment:
         self.plan(grid)
         self.current = self.steps[grid]
         start = TokenState(x.shape[1], self.shape.prefix, grid)
-        self.frame = Frame(start, self.shape.depth, self.whole)
-        if not compiling and torch.is_grad_enabled():
-            self.past.append(self.frame)
+        frame = Frame(start, self.shape.depth, self.whole)
         if self.tracer is not None:
-            self.tracer.start(self.frame, x)
+            self.tracer.start(frame, x)
+        return frame
 
     def running(self) -> Frame:
         """The frame of this forward pass."""
@@ -123,11 +126,19 @@ class Attachment:
         return self.frame
 
     def recall(self, block: int, x: Tensor) -> Frame:
-        """The frame whose `block` had this very input, while a backward pass recomputes it."""
-        wanted = (x.data_ptr(), tuple(x.shape))
+        """The frame whose `block` had this very input, while a backward pass recomputes it.
+
+        Where several blocks, or the whole host, are recomputed in one go, only the first block gets
+        an input that was kept; the others follow the output of the block before.
+        """
         for frame in reversed(self.past):
-            if frame.inputs[block] == wanted:
+            known = frame.inputs[block]
+            if known is not None and known.holds(x):
                 return frame
+        if block == 0:
+            return self.open(x)
+        if self.frame is not None and self.frame.next is not None and self.frame.next.holds(x):
+            return self.frame
         raise RecomputeError(
             f"activation checkpointing recomputes block {block} of a forward pass that is not "
             f"known any more. The last {FRAMES_KEPT} passes are kept; reentrant checkpoints cannot "
@@ -269,8 +280,8 @@ class Positions(Hook):
         table = kwargs.get(keyword) if keyword else None
         if self.block == 0 or table is None:
             return None
-        recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        frame = attachment.recall(self.block, args[0]) if recomputing else attachment.running()
+        again = recomputing()
+        frame = attachment.recall(self.block, args[0]) if again else attachment.running()
         state = frame.state(self.block)
         if state.origin is None:
             return None
@@ -364,6 +375,8 @@ class BlockLeave(Hook):
             attachment.tracer.record(self.block, attachment.current[self.block], frame, first)
         if frame.whole == self.block:
             first = attachment.full(first, self.block + 1)
+        if recomputing():
+            frame.next = Address(first)
         return (first, *output[1:]) if isinstance(output, tuple) else first
 
 
@@ -422,6 +435,11 @@ def full_states(attachment: Attachment, part: Any) -> Any:
     if not isinstance(part, tuple) or len(part) != attachment.shape.depth + 1:
         return part
     return tuple(attachment.full(state, block) for block, state in enumerate(part))
+
+
+def recomputing() -> bool:
+    """Whether a backward pass is running, so that activation checkpointing runs this again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def widened(x: Tensor) -> torch.dtype:

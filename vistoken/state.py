@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from vistoken.kernels import reduce as ops
 
@@ -172,13 +173,26 @@ class SourceMap:
         return torch.where(self.parent < 0, nearest, self.parent)
 
 
+class Address:
+    """Where a tensor lies: no reference to it, yet never mistaken for one in memory used again."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.storage = StorageWeakRef(x.untyped_storage())
+        self.place = x.data_ptr(), tuple(x.shape)
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether x is that tensor, or shares its memory and shape."""
+        return self.place == (x.data_ptr(), tuple(x.shape)) and not self.storage.expired()
+
+
 class Frame:
     """Everything one forward pass leaves behind for later blocks, dense outputs and recomputation.
 
     Attributes:
         states: the tokens that enter each block; one longer than the blocks already run.
         assignments: by block, where tokens went.
-        inputs: address and shape of each block's input, by which recomputation finds the frame.
+        inputs: where each block's input lies, by which recomputation finds the frame.
+        next: where the output of the block recomputed last lies.
         features: by block, what the tap collected.
         short: by block, the reduced residual stream while its branch runs.
         out: by block, the finished output that replaces the host's.
@@ -188,10 +202,11 @@ class Frame:
     def __init__(self, start: TokenState, depth: int, whole: int | None = None) -> None:
         self.states: list[TokenState | None] = [start] + [None] * depth
         self.assignments: list[Assignment | None] = [None] * depth
-        self.inputs: list[tuple[int, tuple[int, ...]] | None] = [None] * depth
+        self.inputs: list[Address | None] = [None] * depth
         self.features: list[dict[str, Any] | None] = [None] * depth
         self.short: list[Tensor | None] = [None] * depth
         self.out: list[Tensor | None] = [None] * depth
+        self.next: Address | None = None
         self.whole = whole
 
     def state(self, block: int) -> TokenState:
