@@ -16,7 +16,8 @@ from PIL import Image
 
 import vistoken
 from vistoken.cli.eval import main, parse_options
-from vistoken.eval.options import BUDGETS
+from vistoken.eval.options import BUDGETS, EvalOptions
+from vistoken.eval.run import shorten
 from vistoken.models.load import load_classifier
 
 ROOT = Path(__file__).parents[2]
@@ -139,6 +140,19 @@ def test_shipped_configs_are_valid(name):
         assert options == plain
     else:
         assert options.pretrained and options.devices == "1"
+
+
+def test_a_cpu_gets_fewer_scenes_and_says_so():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    shorter, (note,) = shorten(EvalOptions(), cpu)
+    assert shorter.limit == 500
+    assert "--limit 1000" in note
+    for options, device in [
+        (EvalOptions(limit=1000), cpu),
+        (EvalOptions(), cuda),
+        (EvalOptions(model="test_vit", data="folder"), cpu),
+    ]:
+        assert shorten(options, device) == (options, [])
 
 
 @pytest.mark.parametrize(

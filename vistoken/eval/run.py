@@ -28,6 +28,7 @@ from vistoken.models.load import Classifier, Reference, load_classifier
 
 DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32}
 CPU_SPEED_BATCH = 16
+CPU_SCENES = 500
 
 
 def run_evaluation(
@@ -57,6 +58,7 @@ def run_evaluation(
     trainer = make_trainer(options)
     console = console or make_console()
     console.quiet = console.quiet or trainer.global_rank > 0
+    options, shortened = shorten(options, trainer.strategy.root_device)
     data = source(options)
     classifier = load_classifier(
         options.model,
@@ -69,6 +71,7 @@ def run_evaluation(
     )
     data = with_transform(data, classifier.transform)
     cases, notes = plan_cases(classifier.model, options.method, options.budgets)
+    notes = [*shortened, *notes]
     with _progress(console) as progress:
         task = progress.add_task("evaluate", total=_steps(data, options, trainer) * len(cases))
         scores = evaluate(classifier, data, cases, options, trainer, lambda: progress.advance(task))
@@ -84,6 +87,17 @@ def run_evaluation(
     )
     report(record, classifier.name, options, console)
     return record
+
+
+def shorten(options: EvalOptions, device: torch.device) -> tuple[EvalOptions, list[str]]:
+    """On a CPU the first scenes only, unless a number was asked for; and the note that says so."""
+    if options.data != "reference" or options.limit is not None or device.type != "cpu":
+        return options, []
+    note = (
+        f"only the first {CPU_SCENES} of the 1,000 embedded scenes were used, to save time on a "
+        "CPU; --limit 1000 takes all"
+    )
+    return dataclasses.replace(options, limit=CPU_SCENES), [note]
 
 
 def _progress(console: Console) -> Progress:
