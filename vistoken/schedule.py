@@ -142,12 +142,18 @@ class Schedule:
         return Schedule(tokens, prefix, tuple(counts))
 
     @staticmethod
-    def merging(shape: ModelShape, removals: Iterable[int]) -> Schedule:
-        """Merge `removals[l]` tokens in block l, at most half of its patch tokens."""
+    def merging(shape: ModelShape, removals: Iterable[int], multiple: int = 1) -> Schedule:
+        """Merge `removals[l]` tokens in block l, at most half of its patch tokens.
+
+        Counts are raised to the next `multiple`; a block that waited for one may then merge more
+        than `removals[l]`, but not more than half.
+        """
         counts: list[tuple[int, int]] = []
-        before = shape.tokens
-        for wanted in removals:
-            after = before - min(wanted, (before - shape.prefix) // 2)
+        before = wanted = shape.tokens
+        for removal in removals:
+            wanted -= min(removal, (wanted - shape.prefix) // 2)
+            least = before - (before - shape.prefix) // 2
+            after = min(before, -(-max(wanted, least) // multiple) * multiple)
             counts.append((before, after))
             before = after
         return Schedule(shape.tokens, shape.prefix, tuple(counts))

@@ -61,6 +61,10 @@ class ToMe(Method):
         """Merge r tokens per block, at most half of the block's patch tokens."""
         return Schedule.merging(shape, self.removals(shape.depth))
 
+    def plan(self, shape: ModelShape) -> Schedule:
+        """Counts after `round_to`, still at most half of a block's patch tokens at a time."""
+        return Schedule.merging(shape, self.removals(shape.depth), self.round_to)
+
     def removals(self, depth: int) -> tuple[int, ...]:
         """Tokens to merge in each of `depth` blocks, before the cap of one half."""
         if not is_int(self.r):
