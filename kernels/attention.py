@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vistoken.kernels.dispatch import use_triton
+
 CHUNK = 64
 """Rows of the attention matrix held at once."""
 
@@ -39,6 +41,10 @@ def log_normalizer(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> T
         bias: additive key bias, `[B, N_k]` or `[B, H, N_k]`, or None.
         scale: softmax scale.
     """
+    if use_triton(q) and not torch.compiler.is_compiling():
+        from vistoken.kernels.triton_signals import log_normalizer_triton
+
+        return log_normalizer_triton(q, k, bias, scale)
     rows = [_scores(part, k, bias, scale).logsumexp(-1) for part in q.split(CHUNK, dim=2)]
     return torch.cat(rows, dim=2)
 

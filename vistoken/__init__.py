@@ -12,6 +12,7 @@ from vistoken._version import __version__
 from vistoken.api import Info, flops, info, trace, unwrap, wrap
 from vistoken.errors import (
     AlreadyWrappedError,
+    BackendUnavailableError,
     ConfigError,
     NotWrappedError,
     RecomputeError,
@@ -21,6 +22,7 @@ from vistoken.errors import (
     UnsupportedMethodError,
     VistokenError,
 )
+from vistoken.graphs import Graphed, compile
 from vistoken.methods import (
     MCTF,
     DiffRate,
@@ -41,9 +43,11 @@ __all__ = [
     "MCTF",
     "AlreadyWrappedError",
     "Assignment",
+    "BackendUnavailableError",
     "ConfigError",
     "DiffRate",
     "EViT",
+    "Graphed",
     "Info",
     "Method",
     "NotWrappedError",
@@ -62,6 +66,7 @@ __all__ = [
     "VistokenError",
     "ZeroTPrune",
     "__version__",
+    "compile",
     "flops",
     "info",
     "methods",

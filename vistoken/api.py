@@ -10,7 +10,7 @@ from typing import TypeVar, get_args
 import torch
 from torch import nn
 
-from vistoken import dense
+from vistoken import dense, fast
 from vistoken.attach import Attachment, attach, detach
 from vistoken.errors import (
     AlreadyWrappedError,
@@ -76,6 +76,7 @@ def wrap(model: M, method: Method | str, *, fill: Fill = "nearest") -> M:
         fill,
     )
     attach(attachment)
+    fast.bind(attachment)
     dense.install(attachment)
     model.__dict__[KEY] = attachment
     return model
@@ -89,6 +90,7 @@ def unwrap(model: M) -> M:
     """
     owner, attachment = _find_attachment(model)
     detach(attachment)
+    fast.unbind(attachment)
     dense.uninstall(attachment.host)
     del owner.__dict__[KEY]
     return model
@@ -148,7 +150,7 @@ def info(model: nn.Module) -> Info:
         tokens=shape.tokens,
         gflops=schedule.gflops(shape, attachment.method.where),
         dense_gflops=count_macs(shape) / 1e9,
-        execution="torch operators (the host's own fused attention, sizes as an additive key bias)",
+        execution=fast.describe(attachment),
     )
 
 

@@ -66,6 +66,9 @@ class Attachment:
         self.inside = False
         self.raw = False
         self.whole: int | None = None
+        self.inert = False
+        self.fused: bool | str = False
+        self.checked: set[tuple[torch.device, torch.dtype]] = set()
         self.tracer: Any = None
         self.current: tuple[Step, ...] = self.steps[shape.grid]
 
@@ -159,7 +162,7 @@ class Attachment:
         collects = bool(self.needs) and reduces
         state = frame.state(block)
         biased = self.proportional and state.size is not None
-        masked = self.spec.masks and state.origin is not None
+        masked = self.spec.masks and state.reduced
         if not (collects or biased or masked):
             return None
 
@@ -235,7 +238,7 @@ class Attachment:
         """Tokens `[B, N, C]` after `blocks` blocks (None: those done) on the full grid."""
         frame = self.running()
         end = frame.done if blocks is None else blocks
-        if frame.state(end).origin is None:
+        if not frame.state(end).reduced:
             return y
         return self.source_map(y, end).expand(y, self.fill)
 
@@ -267,7 +270,8 @@ class BlockEnter(Hook):
     """Pre-hook of a block's first module."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.attachment.begin(self.block, args[0])
+        if not self.attachment.inert:
+            self.attachment.begin(self.block, args[0])
 
 
 class Positions(Hook):
@@ -283,7 +287,7 @@ class Positions(Hook):
         again = recomputing()
         frame = attachment.recall(self.block, args[0]) if again else attachment.running()
         state = frame.state(self.block)
-        if state.origin is None:
+        if not state.reduced:
             return None
         return args, {**kwargs, str(keyword): select_positions(table, state)}
 
@@ -301,6 +305,8 @@ class TapEnter(Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         attachment = self.attachment
+        if attachment.inert:
+            return
         self.tap = attachment.pool_tap() if self.pool else attachment.tap(self.block)
         if self.tap is not None:
             self.tap.__enter__()  # type: ignore[no-untyped-call]
@@ -331,6 +337,8 @@ class BranchIn(Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         attachment, x = self.attachment, args[0]
+        if attachment.inert:
+            return None
         short = attachment.shorten(self.block, x)
         if short is x:
             return None

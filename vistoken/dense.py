@@ -77,7 +77,7 @@ class Intermediates:
         blank = y.new_zeros(y.shape[0], prefix, y.shape[2])
         if block == attachment.whole:
             y = self.blanked(torch.cat([blank, y], 1))[:, prefix:]
-        elif attachment.running().state(block + 1).origin is not None:
+        elif attachment.running().state(block + 1).reduced:
             y = attachment.full(torch.cat([blank, y], 1), block + 1)[:, prefix:]
         if fmt == "NLC":
             return y
@@ -89,7 +89,7 @@ class Intermediates:
         attachment = self.attachment
         assert attachment.whole is not None
         end = attachment.whole + 1
-        if attachment.fill != "zeros" or attachment.running().state(end).origin is None:
+        if attachment.fill != "zeros" or not attachment.running().state(end).reduced:
             return y
         return y.masked_fill((attachment.source_map(y, end).parent < 0)[..., None], 0.0)
 

@@ -37,3 +37,7 @@ class TapError(VistokenError, RuntimeError):
 
 class RecomputeError(VistokenError, RuntimeError):
     """Activation checkpointing asked for a forward pass that is no longer known."""
+
+
+class BackendUnavailableError(VistokenError, RuntimeError):
+    """An implementation was asked for by name that this device or model cannot run."""

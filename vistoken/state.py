@@ -80,7 +80,6 @@ class Assignment:
         return out
 
 
-@dataclass(frozen=True)
 class TokenState:
     """The tokens that enter a block.
 
@@ -89,29 +88,42 @@ class TokenState:
         prefix: prefix tokens P.
         grid: rows and columns of the original patches.
         size: `[B, N]` fp32, patches that each token stands for; None while all are 1.
-        origin: `[B, N]` int64, original token that lends each token its position; None while
-            nothing was removed.
     """
 
-    tokens: int
-    prefix: int
-    grid: tuple[int, int]
-    size: Tensor | None = None
-    origin: Tensor | None = None
+    def __init__(
+        self, tokens: int, prefix: int, grid: tuple[int, int], size: Tensor | None = None
+    ) -> None:
+        self.tokens = tokens
+        self.prefix = prefix
+        self.grid = grid
+        self.size = size
+        self._before: TokenState | None = None
+        self._keep: Tensor | None = None
+        self._origin: Tensor | None = None
 
-    def after(self, assignment: Assignment) -> TokenState:
-        """The state once `assignment` was applied."""
-        size = self.size
-        if size is not None or assignment.src is not None:
-            if size is None:
-                size = torch.ones(
-                    (assignment.keep.shape[0], self.tokens),
-                    dtype=torch.float32,
-                    device=assignment.keep.device,
-                )
-            size = assignment.sizes(size)
-        origin = assignment.keep if self.origin is None else assignment.select(self.origin)
-        return TokenState(assignment.num_out, self.prefix, self.grid, size, origin)
+    @property
+    def reduced(self) -> bool:
+        """Whether any token is gone."""
+        return self._keep is not None
+
+    @property
+    def origin(self) -> Tensor | None:
+        """Original token that lends each token its position, `[B, N]` int64; None if not reduced.
+
+        Found on demand: most models never ask.
+        """
+        if self._origin is None and self._keep is not None and self._before is not None:
+            before = self._before.origin
+            self._origin = self._keep if before is None else ops.take(before, self._keep)
+        return self._origin
+
+    def after(self, assignment: Assignment, size: Tensor | None = None) -> TokenState:
+        """The state once `assignment` was applied; `size` if the new sizes are known already."""
+        if size is None and (self.size is not None or assignment.src is not None):
+            size = assignment.sizes(self.sizes(assignment.keep))
+        state = TokenState(assignment.num_out, self.prefix, self.grid, size)
+        state._before, state._keep = self, assignment.keep
+        return state
 
     def sizes(self, like: Tensor) -> Tensor:
         """Sizes `[B, N]` fp32, ones if nothing was merged."""
@@ -197,6 +209,7 @@ class Frame:
         short: by block, the reduced residual stream while its branch runs.
         out: by block, the finished output that replaces the host's.
         whole: the block whose output goes on to the host on the full grid, or None.
+        normed: a block's output and its norm, made in one pass for the next block.
     """
 
     def __init__(self, start: TokenState, depth: int, whole: int | None = None) -> None:
@@ -208,6 +221,7 @@ class Frame:
         self.out: list[Tensor | None] = [None] * depth
         self.next: Address | None = None
         self.whole = whole
+        self.normed: tuple[Tensor, Tensor] | None = None
 
     def state(self, block: int) -> TokenState:
         """The tokens that enter `block`."""

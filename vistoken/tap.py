@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from vistoken.errors import TapError
 from vistoken.kernels import attention as signals
+from vistoken.kernels.biased_attention import biased_attention
+from vistoken.kernels.dispatch import use_triton
 from vistoken.methods.base import Need
 
 Collect = Callable[[Tensor, Tensor, Tensor | None, float], None]
@@ -79,6 +81,10 @@ class Tap(TorchFunctionMode):
             self.collect(query, key, bias, factor)
         if bias is not None and is_causal:
             raise TapError("sizes cannot be added to causal attention; set proportional=False")
+        if bias is not None and attn_mask is None and dropout_p == 0.0:
+            factor = query.shape[-1] ** -0.5 if scale is None else scale
+            if fits_kernel(query, key, value):
+                return biased_attention(query, key, value, bias, factor)[0]
         mask = self.mask(attn_mask, bias, key)
         if enable_gqa:
             return F.scaled_dot_product_attention(
@@ -173,6 +179,12 @@ class Tap(TorchFunctionMode):
         return F.linear(out, out_proj_weight, out_proj_bias), None
 
 
+def fits_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `biased_attention` can stand in: self-attention, equal heads, no gradient."""
+    alike = q.shape == k.shape == v.shape and all(t.stride(-1) == 1 for t in (q, k, v))
+    return alike and use_triton(q) and not torch.is_grad_enabled()
+
+
 def _joined_mask(
     attn_mask: Tensor | None, padding: Tensor | None, batch: int, heads: int, dtype: torch.dtype
 ) -> Tensor | None:
@@ -206,8 +218,8 @@ def gather_signals(
     if k.shape[1] != q.shape[1]:
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     found: dict[str, Any] = {"bias": bias, "scale": scale}
-    if Need.KEY in needs:
-        found["key"] = k.mean(1)
+    if Need.KEYS in needs:
+        found["keys"] = k
     if Need.CLASS_ROW in needs:
         found["class_row"] = signals.class_row(q[:, :, :class_tokens], k, bias, scale)
     if Need.RECEIVED in needs:

@@ -29,7 +29,6 @@ def features(batch=2, heads=3, tokens=26, dim=8, channels=12, seed=0, **extra):
     attention = (q @ k.transpose(-1, -2) * dim**-0.5).softmax(-1)
     return Features(
         x=x,
-        key=k.mean(1),
         class_row=attention[:, :, 0].mean(1),
         received=attention.mean((1, 2)),
         query=q,
@@ -88,7 +87,7 @@ def test_tome_merges_the_best_pairs(prefix, tokens, r):
     f = features(tokens=tokens, seed=tokens + r)
     got = ToMe(r=r).assign(f, state(tokens, prefix), step(tokens, tokens - r))
     for image in range(2):
-        assert as_sets(groups(got, image)) == as_sets(naive_tome(f.key[image], prefix, r))
+        assert as_sets(groups(got, image)) == as_sets(naive_tome(f.keys[image].mean(0), prefix, r))
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -108,15 +107,15 @@ def test_tome_reduces_to_the_mean_weighted_by_size(prefix):
 
 def test_tome_does_not_care_for_the_metric_s_scale():
     f = features()
-    other = Features(x=f.x, key=f.key * 37.0)
+    other = Features(x=f.x, keys=f.keys * 37.0)
     plans = [ToMe().assign(g, state(26, 1), step(26, 20)) for g in (f, other)]
     assert torch.equal(plans[0].keep, plans[1].keep)
     assert torch.equal(plans[0].src, plans[1].src)
 
 
 def test_tome_survives_zero_and_equal_keys():
-    for key in (torch.zeros(1, 9, 4), torch.ones(1, 9, 4)):
-        f = Features(x=torch.randn(1, 9, 4), key=key)
+    for keys in (torch.zeros(1, 2, 9, 4), torch.ones(1, 2, 9, 4)):
+        f = Features(x=torch.randn(1, 9, 4), keys=keys)
         got = ToMe().assign(f, state(9, 1), step(9, 5))
         assert sorted(token for slot in groups(got, 0) for token in slot) == list(range(9))
         assert got.reduce(f.x).isfinite().all()

@@ -22,10 +22,11 @@ from vistoken.state import Assignment, TokenState
 class Need(Enum):
     """A signal that the attention tap must collect in every block that reduces."""
 
-    KEY = "keys, averaged over heads"
+    KEYS = "keys of all heads"
     CLASS_ROW = "attention paid by the class tokens"
     RECEIVED = "attention received by every token"
     ATTENTION = "queries and keys of all heads"
+    STREAM = "values of the residual stream"
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Features:
     """Signals of one block, all detached.
 
     Attributes:
-        x: residual stream at the point of reduction `[B, N, C]`.
-        key: keys averaged over heads `[B, N, d]`.
+        x: residual stream at the point of reduction `[B, N, C]`; its values count only for methods
+            that declare `Need.STREAM`.
         class_row: attention of the class tokens, averaged over heads and class tokens `[B, N]`.
         received: attention received, averaged over heads and queries `[B, N]`.
         query: queries `[B, H, N, d]`.
@@ -44,7 +45,6 @@ class Features:
     """
 
     x: Tensor
-    key: Tensor | None = None
     class_row: Tensor | None = None
     received: Tensor | None = None
     query: Tensor | None = None

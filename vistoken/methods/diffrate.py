@@ -9,13 +9,10 @@ from functools import cache
 from importlib import resources
 from typing import Any, ClassVar, Self
 
-import torch
-
 from vistoken.errors import ConfigError, ScheduleError
-from vistoken.kernels.match import best_match
-from vistoken.kernels.reduce import take
+from vistoken.kernels.match import best_match_at
+from vistoken.kernels.ranking import rank_tokens
 from vistoken.methods.base import Features, Method, Need, require
-from vistoken.methods.evit import prefix_index
 from vistoken.schedule import Schedule, Step, solve
 from vistoken.shape import ModelShape
 from vistoken.state import Assignment, TokenState
@@ -72,8 +69,8 @@ class DiffRate(Method):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """The class tokens' attention."""
-        return frozenset({Need.CLASS_ROW})
+        """The class tokens' attention and the residual stream."""
+        return frozenset({Need.CLASS_ROW, Need.STREAM})
 
     def counts(self, shape: ModelShape) -> Schedule:
         """The counts from whichever source was given."""
@@ -142,14 +139,12 @@ class DiffRate(Method):
         """Sort by class attention, prune the tail, match the next to the kept patches."""
         assert features.class_row is not None
         prefix, x = state.prefix, features.x
-        score = features.class_row[:, prefix:]
-        order = score.argsort(dim=-1, descending=True, stable=True) + prefix
-        kept, survive = step.merged - prefix, step.pruned - prefix
-        keep = torch.cat([prefix_index(state, x), order[:, :kept]], 1)
-        if survive == kept:
+        order = rank_tokens(features.class_row, prefix)
+        keep = order[:, : step.merged]
+        if step.pruned == step.merged:
             return Assignment(keep=keep)
-        src = order[:, kept:survive]
-        cosine, partner = best_match(take(x, src), take(x, keep[:, prefix:]))
+        src = order[:, step.merged : step.pruned]
+        cosine, partner = best_match_at(x, src, keep[:, prefix:])
         return Assignment(
             keep=keep, src=src, dst=partner + prefix, gain=cosine.clamp_min(0).float()
         )

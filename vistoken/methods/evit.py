@@ -10,6 +10,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from vistoken.kernels.ranking import rank_tokens
 from vistoken.kernels.reduce import take
 from vistoken.methods.base import (
     Features,
@@ -69,16 +70,12 @@ class EViT(Method):
     def assign(self, features: Features, state: TokenState, step: Step) -> Assignment:
         """Sort patches by the class tokens' attention; fuse the tail."""
         assert features.class_row is not None
-        score = features.class_row[:, state.prefix :]
-        order = score.argsort(dim=-1, descending=True, stable=True) + state.prefix
-        slots = step.merged - state.prefix
-        keep = torch.cat([prefix_index(state, features.x), order[:, :slots]], 1)
-        tail = order[:, slots:]
+        order = rank_tokens(features.class_row, state.prefix)
+        keep, tail = order[:, : step.merged], order[:, step.merged :]
         if not self.fuse:
             return Assignment(keep=keep)
-        fused = keep[:, -1:]
         weight = torch.ones_like(features.class_row)
-        members = torch.cat([fused, tail], 1)
+        members = order[:, step.merged - 1 :]
         weight = weight.scatter(1, members, take(features.class_row, members))
         dst = torch.full_like(tail, step.merged - 1)
         return Assignment(keep=keep, src=tail, dst=dst, weight=weight, rule="sum")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
+from vistoken.kernels.bipartite import cosine_scores, pair_up
 from vistoken.methods.base import Features, Need, require
-from vistoken.methods.tome import ToMe, bipartite, cosine_scores
+from vistoken.methods.tome import ToMe
 from vistoken.schedule import Step
 from vistoken.state import Assignment, TokenState
 
@@ -43,7 +44,7 @@ class MCTF(ToMe):
     @property
     def needs(self) -> frozenset[Need]:
         """Attention received."""
-        return frozenset({Need.RECEIVED})
+        return frozenset({Need.RECEIVED, Need.STREAM})
 
     def assign(self, features: Features, state: TokenState, step: Step) -> Assignment:
         """Bipartite matching on the three criteria."""
@@ -54,8 +55,8 @@ class MCTF(ToMe):
         cosine = cosine_scores(features.x)
         score = ((cosine + 1) / 2).clamp_min(0) ** similar
         score = score * _outer(attention) ** -informed * _outer(size).to(score.dtype) ** -small
-        pairs = bipartite(score, step.tokens - step.merged, state, features.x)
-        return replace(pairs, weight=attention * size)
+        keep, src, dst = pair_up(score, state.prefix, step.tokens - step.merged)
+        return Assignment(keep=keep, src=src, dst=dst, weight=attention * size)
 
 
 def _outer(value: Tensor) -> Tensor:

@@ -6,12 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
-import torch
-from torch import Tensor
-
 from vistoken.errors import ScheduleError
-from vistoken.kernels.match import unit
-from vistoken.kernels.reduce import take
+from vistoken.kernels.bipartite import bipartite
 from vistoken.methods.base import Features, Method, Need, at_count, is_int, require
 from vistoken.schedule import Schedule, Step
 from vistoken.shape import ModelShape
@@ -55,7 +51,7 @@ class ToMe(Method):
     @property
     def needs(self) -> frozenset[Need]:
         """Keys."""
-        return frozenset({Need.KEY})
+        return frozenset({Need.KEYS})
 
     def counts(self, shape: ModelShape) -> Schedule:
         """Merge r tokens per block, at most half of the block's patch tokens."""
@@ -79,56 +75,12 @@ class ToMe(Method):
 
     def assign(self, features: Features, state: TokenState, step: Step) -> Assignment:
         """Bipartite soft matching (section 3 of the paper)."""
-        assert features.key is not None
-        scores = cosine_scores(features.key)
-        return bipartite(scores, step.tokens - step.merged, state, features.x)
+        assert features.keys is not None
+        r = step.tokens - step.merged
+        keep, src, dst = bipartite(features.keys, state.prefix, r)
+        return Assignment(keep=keep, src=src, dst=dst, weight=state.size)
 
     @classmethod
     def at_gflops(cls, shape: ModelShape, gflops: float) -> Self:
         """Constant r for a cost of at most `gflops` G."""
         return cls(r=at_count(lambda r: cls(r=r), shape, gflops))
-
-
-def cosine_scores(metric: Tensor) -> Tensor:
-    """Cosine of the tokens at even positions with those at odd positions.
-
-    Args:
-        metric: `[B, N, d]`.
-
-    Returns:
-        `[B, ceil(N / 2), floor(N / 2)]`.
-    """
-    metric = unit(metric)
-    return metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
-
-
-def bipartite(scores: Tensor, r: int, state: TokenState, x: Tensor) -> Assignment:
-    """Merge the r even-position tokens with the best partner into that partner.
-
-    Slots: prefix tokens, the even-position tokens left over in their order, then all odd-position
-    tokens; this order decides who meets whom in the next block.
-
-    Args:
-        scores: `[B, N_even, N_odd]`; rows and columns of prefix tokens are excluded here.
-        r: tokens to merge.
-        state: current tokens.
-        x: any tensor on the right device.
-    """
-    prefix = state.prefix
-    even_prefix, odd_prefix = (prefix + 1) // 2, prefix // 2
-    scores = scores[:, even_prefix:, odd_prefix:]
-    best, partner = scores.max(-1)
-    order = best.argsort(dim=-1, descending=True, stable=True)
-    merged, left = order[:, :r], order[:, r:].sort(-1).values
-
-    batch = scores.shape[0]
-    first = torch.arange(prefix, device=x.device).expand(batch, -1)
-    odd = torch.arange(odd_prefix, scores.shape[2] + odd_prefix, device=x.device) * 2 + 1
-    keep = torch.cat([first, (left + even_prefix) * 2, odd.expand(batch, -1)], 1)
-    dst = take(partner, merged) + prefix + left.shape[1]
-    return Assignment(
-        keep=keep,
-        src=(merged + even_prefix) * 2,
-        dst=dst,
-        weight=state.sizes(x),
-    )

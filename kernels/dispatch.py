@@ -1,0 +1,46 @@
+"""Which implementation of an operator runs, and why."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+HALF = (torch.bfloat16, torch.float16)
+"""Types of the kernels that multiply matrices; fp32 stays with torch, whose sums are exact."""
+
+ANY = (*HALF, torch.float32)
+"""Types of the kernels that only move, add or rank."""
+
+
+def why_not_triton(
+    device: torch.device, dtype: torch.dtype, dtypes: tuple[torch.dtype, ...] = HALF
+) -> str | None:
+    """The reason why tensors of this device and dtype stay with torch operators, or None."""
+    reason = device_reason(device)
+    if reason is None and dtype not in dtypes:
+        return f"the model runs in {str(dtype).removeprefix('torch.')}"
+    return reason
+
+
+def use_triton(x: Tensor, dtypes: tuple[torch.dtype, ...] = HALF) -> bool:
+    """Whether x goes to a Triton kernel that takes `dtypes`."""
+    return device_reason(x.device) is None and x.dtype in dtypes
+
+
+def device_reason(device: torch.device) -> str | None:
+    """The reason why a device does not run Triton kernels, or None."""
+    if device.type != "cuda":
+        return f"the model is on {device.type}"
+    return _gpu_reason(device.index or 0)
+
+
+@cache
+def _gpu_reason(index: int) -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    return None

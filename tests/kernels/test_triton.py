@@ -1,0 +1,136 @@
+"""The Triton kernels in the interpreter against float64 loops and the torch reference."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("run with TRITON_INTERPRET=1 where there is no GPU", allow_module_level=True)
+
+from vistoken.kernels.bipartite import cosine_scores, head_mean, pair_up
+from vistoken.kernels.chain import Slots, add_reduce_norm_reference
+from vistoken.kernels.match import best_match
+from vistoken.kernels.ranking import rank_tokens_reference
+from vistoken.kernels.reduce import take
+from vistoken.kernels.triton_biased_attention import biased_attention_triton
+from vistoken.kernels.triton_bipartite import bipartite_triton
+from vistoken.kernels.triton_chain import add_reduce_norm_triton
+from vistoken.kernels.triton_ranking import rank_tokens_triton
+from vistoken.kernels.triton_signals import best_match_at_triton, log_normalizer_triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def heads(batch, tokens, count, dim, seed=0):
+    """q, k, v as the strided views that a fused projection gives."""
+    return draw(batch, tokens, 3, count, dim, seed=seed).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+@pytest.mark.parametrize("shape", [(2, 197, 3, 64), (1, 33, 2, 48), (2, 64, 1, 32), (1, 5, 2, 24)])
+@pytest.mark.parametrize("sized", [True, False])
+@pytest.mark.parametrize("rows", [0, 1, 2])
+def test_attention(shape, sized, rows):
+    q, k, v = heads(*shape)
+    batch, tokens, _, dim = shape
+    bias = draw(batch, tokens).abs() if sized else None
+    out, row = biased_attention_triton(q, k, v, bias, dim**-0.5, rows)
+    score = q.double() @ k.double().transpose(-1, -2) * dim**-0.5
+    if bias is not None:
+        score = score + bias[:, None, None].double()
+    attention = score.softmax(-1)
+    torch.testing.assert_close(out.double(), attention @ v.double(), rtol=1e-4, atol=1e-5)
+    assert out.transpose(1, 2).is_contiguous()
+    if rows:
+        expected = attention[:, :, :rows].mean(2)
+        torch.testing.assert_close(row.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [12, 41, 130, 197])
+@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("r", [1, 3])
+def test_bipartite(tokens, prefix, r):
+    _, keys, _ = heads(2, tokens, 3, 24, seed=tokens)
+    got = bipartite_triton(keys, prefix, r)
+    expected = pair_up(cosine_scores(head_mean(keys.double())), prefix, r)
+    for mine, reference in zip(got, expected, strict=True):
+        assert torch.equal(mine, reference)
+
+
+def test_bipartite_with_equal_scores_keeps_the_order():
+    keys = torch.ones(1, 2, 20, 8, device=DEVICE)
+    got = bipartite_triton(keys, 1, 4)
+    for mine, reference in zip(got, pair_up(cosine_scores(head_mean(keys)), 1, 4), strict=True):
+        assert torch.equal(mine, reference)
+
+
+@pytest.mark.parametrize("tokens", [3, 64, 197, 300])
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_rank(tokens, prefix):
+    if tokens <= prefix:
+        return
+    score = draw(2, tokens).round(decimals=1)
+    expected = rank_tokens_reference(score, prefix)
+    assert torch.equal(rank_tokens_triton(score, prefix), expected)
+    assert torch.equal(rank_tokens_triton(score.expand(2, -1)[:, :], prefix), expected)
+
+
+@pytest.mark.parametrize("gain", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("branch", ["none", "plain", "scaled"])
+@pytest.mark.parametrize("kind", ["all", "prune", "merge", "sum"])
+@pytest.mark.parametrize("sized", [True, False])
+def test_chain(gain, weighted, branch, kind, sized):
+    batch, tokens, width, slots, sources = 2, 29, 40, 9, 17
+    x, y, gamma = draw(batch, tokens, width), draw(batch, tokens, width, seed=1), draw(width)
+    norm = (draw(width, seed=2), draw(width, seed=3), 1e-5)
+    order = torch.stack([torch.randperm(tokens) for _ in range(batch)]).to(DEVICE)
+    size = draw(batch, tokens).abs() + 1 if sized else None
+    where = None
+    if kind == "prune":
+        where = Slots(order[:, :slots])
+    elif kind != "all":
+        where = Slots(
+            order[:, :slots],
+            order[:, slots : slots + sources],
+            torch.randint(0, slots, (batch, sources), device=DEVICE),
+            draw(batch, tokens, seed=4).abs() + 0.1 if weighted else None,
+            draw(batch, sources, seed=5).abs() if gain else None,
+            kind == "merge",
+        )
+    adds = None if branch == "none" else y
+    scale = gamma if branch == "scaled" else None
+    got = add_reduce_norm_triton(x, adds, scale, where, size, norm)
+    wide = [None if t is None else t.double() for t in (x, adds, scale)]
+    double_norm = (norm[0].double(), norm[1].double(), norm[2])
+    expected = add_reduce_norm_reference(*wide, where, size, double_norm)
+    for mine, reference in zip(got, expected, strict=True):
+        assert (mine is None) == (reference is None)
+        if mine is not None:
+            torch.testing.assert_close(mine.double(), reference.double(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", ["none", "token", "head"])
+def test_log_normalizer(bias):
+    q, k = draw(2, 3, 70, 24), draw(2, 3, 91, 24, seed=1)
+    added = {"none": None, "token": draw(2, 91), "head": draw(2, 3, 91)}[bias]
+    score = q.double() @ k.double().transpose(-1, -2) * 0.3
+    if added is not None:
+        score = score + (added[:, None, None] if added.dim() == 2 else added[:, :, None]).double()
+    got = log_normalizer_triton(q, k, added, 0.3)
+    torch.testing.assert_close(got.double(), score.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("sources", "targets"), [(1, 5), (16, 64), (40, 49)])
+def test_best_match_at(sources, targets):
+    x = draw(2, 90, 100)
+    order = torch.stack([torch.randperm(90) for _ in range(2)]).to(DEVICE)
+    src, dst = order[:, :sources], order[:, sources : sources + targets]
+    value, index = best_match_at_triton(x, src, dst)
+    expected = best_match(take(x.double(), src), take(x.double(), dst))
+    torch.testing.assert_close(value.double(), expected[0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(index, expected[1])

@@ -1,0 +1,146 @@
+"""The fused chain gives what the bypass gives, and steps aside when anything is unusual."""
+
+import os
+import sys
+
+import pytest
+import timm
+import torch
+
+import vistoken
+from vistoken.api import attachment_of
+
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("run with TRITON_INTERPRET=1 where there is no GPU", allow_module_level=True)
+
+METHODS = [
+    "tome:r=3",
+    "diffrate:gflops=0.0045",
+    "evit:keep_rate=0.6,at=[1,2]",
+    "evit:keep_rate=0.6,at=[1,2],fuse=false",
+    "tofu:r=3,prune_blocks=2",
+    "mctf:r=3",
+    "pool:at=[1]",
+    "zero_tprune:keep_rate=0.8,at=[0,2]",
+    "random:keep_rate=0.5,at=[1]",
+]
+
+
+@pytest.fixture
+def chain(monkeypatch):
+    """Sends CPU tensors to the kernels, which the interpreter runs."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vistoken") and hasattr(module, "use_triton"):
+            monkeypatch.setattr(module, "use_triton", lambda x, dtypes=None: True)
+
+
+def build(name="deit3_small_patch16_224", **extra):
+    torch.manual_seed(0)
+    model = timm.create_model(
+        name, img_size=64, embed_dim=64, num_heads=2, depth=4, num_classes=7, **extra
+    ).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2) if p.dim() > 1 else p.data.add_(torch.rand_like(p) / 2)
+    return model
+
+
+def run(model, x):
+    torch.manual_seed(1)
+    with torch.no_grad(), vistoken.trace(model) as t:
+        return model(x), t
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["deit3_small_patch16_224", "deit_small_distilled_patch16_224"])
+def test_chain_equals_bypass(method, name, request):
+    x = torch.randn(2, 3, 64, 64)
+    model = vistoken.wrap(build(name), method)
+    own, t_own = run(model, x)
+    assert not attachment_of(model).checked, "on the CPU the chain must not have run"
+    request.getfixturevalue("chain")
+    fused, t_fused = run(model, x)
+    assert attachment_of(model).checked, "the chain must have run"
+    assert attachment_of(model).fused is True
+    torch.testing.assert_close(fused, own, rtol=1e-4, atol=1e-4)
+    assert t_own.counts == t_fused.counts
+    assert torch.equal(t_own.source_map.parent, t_fused.source_map.parent)
+    torch.testing.assert_close(t_own.sizes[-1], t_fused.sizes[-1])
+    with torch.no_grad():
+        dense = model.forward_features(x)
+    assert dense.shape[1] == model.num_prefix_tokens + 16
+
+
+def ran_chain(model, x, **kwargs):
+    """Whether one forward pass took the chain."""
+    seen = []
+    block = model.blocks[0].__dict__["forward"]
+    block.run, keep = (lambda x: seen.append(1) or type(block).run(block, x)), block.run
+    try:
+        model(x, **kwargs)
+    finally:
+        del block.run
+        assert keep
+    return bool(seen)
+
+
+def test_it_steps_aside(chain):
+    model, x = vistoken.wrap(build(), "tome:r=3"), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert ran_chain(model, x)
+        model.blocks[0].train()
+        assert not ran_chain(model, x)
+        model.eval()
+        handle = model.blocks[0].mlp.fc1.register_forward_hook(lambda *a: None)
+        assert not ran_chain(model, x), "a user's hook must fire"
+        handle.remove()
+        assert ran_chain(model, x)
+    assert not ran_chain(model, x), "gradients are enabled"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: setattr(m.blocks[1].mlp, "act", torch.nn.ReLU()), "'mlp.act' of a block is"),
+        (lambda m: setattr(m.blocks[2].attn, "q_norm", torch.nn.LayerNorm(32)), "'attn.q_norm'"),
+        (lambda m: setattr(m.blocks[0].mlp, "act", torch.nn.GELU("tanh")), "approximate"),
+    ],
+)
+def test_other_parts_keep_their_own_forward(change, words):
+    model = build()
+    change(model)
+    vistoken.wrap(model, "tome:r=3")
+    assert words in vistoken.info(model).execution
+    assert "forward" not in model.blocks[0].__dict__
+
+
+def test_disagreement_switches_it_off(chain, monkeypatch):
+    import vistoken.fast
+
+    monkeypatch.setattr(vistoken.fast, "gelu_linear", lambda h, layer: layer(h))
+    model, x = vistoken.wrap(build(), "tome:r=3"), torch.randn(2, 3, 64, 64)
+    reference = vistoken.wrap(build(), "tome:r=3")
+    attachment_of(reference).fused = "off"
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), reference(x))
+    assert "is off by" in vistoken.info(model).execution
+
+
+def test_unwrap_takes_it_off():
+    model = build()
+    before = {name: set(m.__dict__) for name, m in model.named_modules()}
+    vistoken.unwrap(vistoken.wrap(model, "tome:r=3"))
+    assert before == {name: set(m.__dict__) for name, m in model.named_modules()}
+
+
+def test_the_self_check_leaves_random_numbers_alone(chain):
+    model, x = vistoken.wrap(build(), "random:keep_rate=0.5,at=[1]"), torch.randn(2, 3, 64, 64)
+    first, second = run(model, x)[0], run(model, x)[0]
+    assert torch.equal(first, second)
+
+
+def test_graphs_need_a_gpu():
+    model = vistoken.wrap(build(), "tome:r=3")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(vistoken.BackendUnavailableError, match="the model is on cpu"):
+        vistoken.compile(model, torch.randn(1, 3, 64, 64))

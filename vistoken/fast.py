@@ -1,0 +1,315 @@
+"""The fused chain: a plain pre-norm block of timm as a handful of launches, for inference on a GPU.
+
+    h   = LayerNorm(x)                              (left over from the block before)
+    o   = attention(qkv(h), sizes)                  one kernel, class row included
+    x,h = reduce(x + ls1 proj(o)), LayerNorm        one kernel; sizes too
+    x,h = x + ls2 fc2(gelu(fc1(h))), LayerNorm of the next block
+
+The block's own `forward` still runs whenever anything is out of the ordinary: gradients, training,
+autocast, masks, compiling, hooks on inner modules, another dtype or device, or an outcome that did
+not agree with the block's own on random input.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vistoken.attach import Attachment
+from vistoken.kernels.biased_attention import biased_attention
+from vistoken.kernels.chain import Slots, add_reduce_norm
+from vistoken.kernels.dispatch import use_triton, why_not_triton
+from vistoken.methods.base import Need
+from vistoken.spec import class_path
+from vistoken.state import Frame, TokenState
+from vistoken.tap import gather_signals
+
+BLOCK = "timm.models.vision_transformer.Block"
+PARTS = {
+    "norm1": ("torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm"),
+    "attn": ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention"),
+    "attn.qkv": ("torch.nn.modules.linear.Linear",),
+    "attn.proj": ("torch.nn.modules.linear.Linear",),
+    "norm2": ("torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm"),
+    "mlp": ("timm.layers.mlp.Mlp",),
+    "mlp.fc1": ("torch.nn.modules.linear.Linear",),
+    "mlp.fc2": ("torch.nn.modules.linear.Linear",),
+    "mlp.act": ("torch.nn.modules.activation.GELU", "timm.layers.activations.GELU"),
+    **dict.fromkeys(
+        ("attn.q_norm", "attn.k_norm", "attn.norm", "mlp.norm"),
+        ("torch.nn.modules.linear.Identity",),
+    ),
+    **dict.fromkeys(
+        ("ls1", "ls2"),
+        ("torch.nn.modules.linear.Identity", "timm.layers.layer_scale.LayerScale"),
+    ),
+}
+"""Classes that the chain reproduces, by module path in a block."""
+
+TOLERANCE = 2e-2
+"""Relative error to the block's own forward that bf16 and fp16 rounding explains."""
+
+
+def why_not(block: Any) -> str | None:
+    """The reason why a block is not one that the chain reproduces, or None."""
+    if class_path(type(block)) != BLOCK:
+        return f"its blocks are {class_path(type(block))}"
+    for path, allowed in PARTS.items():
+        try:
+            part = block.get_submodule(path)
+        except AttributeError:
+            if path in ("attn.norm", "ls1", "ls2"):
+                continue
+            return f"a block has no module '{path}'"
+        if class_path(type(part)) not in allowed:
+            return f"'{path}' of a block is {class_path(type(part))}"
+    if getattr(block.attn, "gate", None) is not None:
+        return "its attention is gated"
+    if getattr(block.mlp.act, "approximate", "none") != "none":
+        return "its GELU is approximate already"
+    return None
+
+
+class FusedBlock:
+    """Stands in for one block's `forward`; falls back to the block's own.
+
+    Args:
+        attachment: the method on the model.
+        block: index of the block.
+    """
+
+    def __init__(self, attachment: Attachment, block: int) -> None:
+        self.attachment = attachment
+        self.block = block
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        signature = inspect.signature(type(self.owner).forward)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    @property
+    def owner(self) -> Any:
+        """The block."""
+        return self.attachment.blocks[self.block]
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The block's forward, x `[B, N, C]` to `[B, M, C]`."""
+        plain = not any(args) and not any(v is not None and v is not False for v in kwargs.values())
+        if plain and self.usable(x):
+            return self.run(x)
+        out: Tensor = type(self.owner).forward(self.owner, x, *args, **kwargs)
+        return out
+
+    def usable(self, x: Tensor) -> bool:
+        """Whether this very call can take the chain."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.owner.training:
+            return False
+        if self.attachment.fused is not True or not runs_fused(x):
+            return False
+        kind = (x.device, x.dtype)
+        if kind not in self.attachment.checked:
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+                return False
+            self.attachment.checked.add(kind)
+            if not agrees(self.attachment, x):
+                return False
+        own = "vistoken.attach"
+        return all(
+            type(hook).__module__ == own for path in PARTS for hook in _hooks(self.owner, path)
+        )
+
+    def run(self, x: Tensor) -> Tensor:
+        """The chain on x `[B, N, C]`; leaves the frame as the bypass would."""
+        attachment, block, owner = self.attachment, self.block, self.owner
+        attachment.begin(block, x)
+        frame = attachment.running()
+        state, step = frame.state(block), attachment.current[block]
+        reduces = not step.idle and attachment.method.where == "mlp"
+        needs = attachment.needs if not step.idle else frozenset()
+        sized = attachment.proportional and state.size is not None
+        bias = state.size.log() if sized and state.size is not None else None
+
+        if frame.normed is not None and frame.normed[0] is x:
+            h = frame.normed[1]
+        else:
+            h = F.layer_norm(x, x.shape[-1:], *norm_of(owner.norm1))
+        attn_out, signals = attention(owner.attn, h, bias, needs, attachment.shape.cls)
+        branch = F.linear(attn_out, owner.attn.proj.weight, owner.attn.proj.bias)
+        if not step.idle:
+            frame.features[block] = signals
+        short, h, after = self.reduce(x, branch, state, frame, reduces)
+        frame.states[block + 1] = after
+        hidden = gelu_linear(h, owner.mlp.fc1)
+        branch = F.linear(hidden, owner.mlp.fc2.weight, owner.mlp.fc2.bias)
+        return self.finish(short, branch, frame)
+
+    def reduce(
+        self, x: Tensor, branch: Tensor | None, state: TokenState, frame: Frame, reduces: bool
+    ) -> tuple[Tensor, Tensor, TokenState | None]:
+        """Residual add, reduction and second norm; also the state after it, if it is final."""
+        owner, gamma = self.owner, layer_scale(self.owner, "ls1")
+        norm = norm_of(owner.norm2)
+        if not reduces:
+            short, h, _ = add_reduce_norm(x, branch, gamma, None, state.size, norm)
+            idle = self.attachment.current[self.block].idle
+            return short, h, state if idle else None
+        if Need.STREAM in self.attachment.needs:
+            x, branch = plus(x, branch, gamma), None
+            assignment = self.attachment.assign(self.block, x)
+        else:
+            assignment = self.attachment.assign(self.block, x)
+        if assignment.rule == "mlerp" and assignment.src is not None:
+            short = assignment.reduce(plus(x, branch, gamma))
+            h, after = F.layer_norm(short, (short.shape[-1],), *norm), state.after(assignment)
+            return short, h, after
+        slots = Slots(
+            assignment.keep,
+            assignment.src,
+            assignment.dst,
+            assignment.weight,
+            assignment.gain,
+            assignment.rule != "sum",
+        )
+        short, h, size = add_reduce_norm(x, branch, gamma, slots, state.size, norm)
+        return short, h, state.after(assignment, size)
+
+    def finish(self, short: Tensor, branch: Tensor, frame: Frame) -> Tensor:
+        """The second residual add, with the next block's first norm where that follows."""
+        attachment, gamma = self.attachment, layer_scale(self.owner, "ls2")
+        following = self.block + 1
+        cut = attachment.method.where == "block" and not attachment.current[self.block].idle
+        if following == len(attachment.blocks) or cut:
+            return (
+                torch.add(short, branch) if gamma is None else torch.addcmul(short, branch, gamma)
+            )
+        after: Any = attachment.blocks[following]
+        norm = norm_of(after.norm1)
+        x, h, _ = add_reduce_norm(short, branch, gamma, None, None, norm)
+        frame.normed = (x, h)
+        return x
+
+
+def attention(
+    attn: Any, h: Tensor, bias: Tensor | None, needs: frozenset[Need], cls: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """Attention of normed tokens h `[B, N, C]` before its projection, and declared signals."""
+    batch, tokens, _ = h.shape
+    qkv = F.linear(h, attn.qkv.weight, attn.qkv.bias)
+    q, k, v = qkv.view(batch, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    rows = cls if Need.CLASS_ROW in needs else 0
+    out, row = biased_attention(q, k, v, bias, attn.scale, rows)
+    others = needs - {Need.CLASS_ROW}
+    signals = gather_signals(others, 0, q, k, bias, attn.scale)
+    if rows:
+        signals["class_row"] = row
+    return out.transpose(1, 2).reshape(batch, tokens, -1), signals
+
+
+def plus(x: Tensor, branch: Tensor | None, gamma: Tensor | None) -> Tensor:
+    """`x + gamma * branch` as far as they are there."""
+    if branch is None:
+        return x
+    return torch.add(x, branch) if gamma is None else torch.addcmul(x, branch, gamma)
+
+
+def gelu_linear(h: Tensor, layer: nn.Linear) -> Tensor:
+    """`gelu(linear(h))`, in the matrix product's epilogue where there is one.
+
+    The epilogue uses the tanh form, which differs from the exact one by less than 5e-4: below the
+    rounding of bf16 activations.
+    """
+    if h.is_cuda and layer.bias is not None:
+        flat = h.reshape(-1, h.shape[-1])
+        out = torch._addmm_activation(layer.bias, flat, layer.weight.t(), use_gelu=True)
+        return out.view(*h.shape[:-1], -1)
+    return F.gelu(F.linear(h, layer.weight, layer.bias))
+
+
+def layer_scale(block: nn.Module, name: str) -> Tensor | None:
+    """The gains of a LayerScale `[C]`, or None."""
+    gamma = getattr(getattr(block, name, None), "gamma", None)
+    return gamma if isinstance(gamma, Tensor) else None
+
+
+def norm_of(norm: Any) -> tuple[Tensor, Tensor, float]:
+    """Weight, bias and eps of a LayerNorm."""
+    return norm.weight, norm.bias, norm.eps
+
+
+def runs_fused(x: Tensor) -> bool:
+    """Whether tensors like x take the chain."""
+    if x.is_cuda and torch.is_autocast_enabled("cuda"):
+        return False
+    return use_triton(x)
+
+
+def _hooks(owner: nn.Module, path: str) -> list[Any]:
+    """Forward hooks on a module of a block."""
+    part: Any = owner
+    for name in path.split("."):
+        part = getattr(part, name, None)
+        if part is None:
+            return []
+    return [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+
+
+def bind(attachment: Attachment) -> None:
+    """Put the chain on an attachment's blocks, if all of them are of the known kind."""
+    reasons = [why_not(block) for block in attachment.blocks]
+    reason = next((r for r in reasons if r is not None), None)
+    attachment.fused = True if reason is None else reason
+    if reason is None:
+        for index, block in enumerate(attachment.blocks):
+            block.__dict__["forward"] = FusedBlock(attachment, index)
+
+
+def describe(attachment: Attachment) -> str:
+    """Which implementation inference runs with the model as it is now, and why."""
+    bypass = "the model's own blocks with torch operators"
+    if isinstance(attachment.fused, str):
+        return f"{bypass}: {attachment.fused}"
+    first: Any = attachment.blocks[0]
+    weight = first.norm1.weight
+    reason = why_not_triton(weight.device, weight.dtype)
+    if reason is not None:
+        return f"{bypass}: {reason}"
+    return "fused Triton chain (the model's own blocks while training, compiling or under autocast)"
+
+
+def unbind(attachment: Attachment) -> None:
+    """Take the chain off again."""
+    for block in attachment.blocks:
+        if isinstance(block.__dict__.get("forward"), FusedBlock):
+            del block.__dict__["forward"]
+
+
+def agrees(attachment: Attachment, x: Tensor) -> bool:
+    """Whether the chain and the first block's own forward agree on random tokens like x.
+
+    Disagreement switches the chain off for this model; `vistoken.info` then says so.
+    """
+    owner: Any = attachment.blocks[0]
+    chance = torch.Generator(x.device).manual_seed(0)  # the user's random numbers stay untouched
+    shape = (2, min(64, x.shape[1]), x.shape[2])
+    tokens = torch.randn(shape, generator=chance, device=x.device, dtype=x.dtype)
+    attachment.inert = True
+    try:
+        own = type(owner).forward(owner, tokens).float()
+    finally:
+        attachment.inert = False
+    h = F.layer_norm(tokens, tokens.shape[-1:], *norm_of(owner.norm1))
+    out, _ = attention(owner.attn, h, None, frozenset(), 0)
+    branch = F.linear(out, owner.attn.proj.weight, owner.attn.proj.bias)
+    gamma = layer_scale(owner, "ls1")
+    short, h, _ = add_reduce_norm(tokens, branch, gamma, None, None, norm_of(owner.norm2))
+    branch = F.linear(gelu_linear(h, owner.mlp.fc1), owner.mlp.fc2.weight, owner.mlp.fc2.bias)
+    gamma = layer_scale(owner, "ls2")
+    chain = plus(short, branch, gamma).float()
+    error = float((chain - own).norm() / own.norm())
+    if error > TOLERANCE:
+        attachment.fused = f"the fused chain is off by {error:.1e} from the model's own block"
+    return error <= TOLERANCE

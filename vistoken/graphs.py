@@ -1,0 +1,106 @@
+"""CUDA graphs: one recorded forward pass per input shape, replayed without launch overhead.
+
+Token counts are fixed per schedule, so a wrapped model can be captured as it is. Capturing takes a
+few forward passes, not minutes of compilation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vistoken.errors import BackendUnavailableError
+
+WARM_UP = 3
+"""Forward passes before a capture: kernels are built and the allocator settles."""
+
+
+class Graphed:
+    """A model whose forward passes are replayed from CUDA graphs, for inference.
+
+    Graphs of all shapes share one memory pool; results are copied out, so they stay valid.
+
+    Args:
+        model: a module in eval mode on a CUDA device; its call takes one tensor.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._pool: Any = None
+        self._graphs: dict[tuple[Any, ...], tuple[Any, Tensor, Any]] = {}
+
+    def __call__(self, x: Tensor) -> Any:
+        """The model's output for x; the first call with a new shape or dtype captures."""
+        key = (
+            tuple(x.shape),
+            x.dtype,
+            x.device,
+            x.is_contiguous(memory_format=torch.channels_last),
+        )
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(x)
+        graph, static, output = self._graphs[key]
+        static.copy_(x)
+        graph.replay()
+        return _copied(output)
+
+    def _capture(self, x: Tensor) -> tuple[Any, Tensor, Any]:
+        """Warm up, then record one forward pass on a copy of x."""
+        check(self.model, x)
+        static = x.clone()
+        stream = torch.cuda.Stream(x.device)
+        stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.no_grad(), torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                self.model(static)
+        torch.cuda.current_stream(x.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph, pool=self._pool):
+            output = self.model(static)
+        self._pool = graph.pool()
+        return graph, static, output
+
+
+def compile(model: nn.Module, example: Tensor) -> Graphed:
+    """Capture a model for the example's shape; other shapes are captured when they first come.
+
+    Args:
+        model: a wrapped (or dense) model in eval mode on a CUDA device.
+        example: an input, for example images `[B, 3, H, W]`.
+
+    Returns:
+        A callable like the model, for inference.
+
+    Raises:
+        BackendUnavailableError: the model or the example is not on a CUDA device, or the model is
+            in training mode.
+    """
+    graphed = Graphed(model)
+    check(model, example)
+    graphed(example)
+    return graphed
+
+
+def check(model: nn.Module, x: Tensor) -> None:
+    """Raise for what cannot be captured."""
+    weight = next(model.parameters(), x)
+    if not (x.is_cuda and weight.is_cuda):
+        raise BackendUnavailableError(
+            f"CUDA graphs need a CUDA device; the model is on {weight.device}, "
+            f"the input on {x.device}"
+        )
+    if model.training:
+        raise BackendUnavailableError("CUDA graphs are for inference; call model.eval() first")
+
+
+def _copied(output: Any) -> Any:
+    """Fresh tensors in the same structure."""
+    if isinstance(output, Tensor):
+        return output.clone()
+    if isinstance(output, dict):
+        return type(output)({name: _copied(part) for name, part in output.items()})
+    if isinstance(output, (tuple, list)):
+        return type(output)(_copied(part) for part in output)
+    return output
