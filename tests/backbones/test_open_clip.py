@@ -53,7 +53,10 @@ METHODS = [
     (vistoken.ToMe(r=6), NaiveToMe(r=6)),
     (vistoken.ToMe(r=6, proportional=False), NaiveToMe(r=6, proportional=False)),
     (vistoken.RandomDrop(keep_rate=0.7, at=(0, 2)), NaiveRandom(rate=0.7, at=(0, 2))),
-    (vistoken.ZeroTPrune(keep_rate=0.7, at=(0, 1)), NaiveZeroTPrune(rate=0.7, at=(0, 1))),
+    (
+        vistoken.ZeroTPrune(keep_rate=0.7, at=(0, 1), iterations=(6, 3, 1)),
+        NaiveZeroTPrune(rate=0.7, at=(0, 1)),
+    ),
     (vistoken.EViT(keep_rate=0.6, at=(0, 2)), NaiveEViT(rate=0.6, at=(0, 2))),
 ]
 

@@ -72,7 +72,10 @@ def pairs(cls: int, patches: int) -> list[tuple[vistoken.Method, object]]:
         (vistoken.ToMe(r=r), NaiveToMe(r=r)),
         (vistoken.ToMe(r=r, proportional=False), NaiveToMe(r=r, proportional=False)),
         (vistoken.RandomDrop(keep_rate=0.7, at=(0, 1, 2)), NaiveRandom(rate=0.7)),
-        (vistoken.ZeroTPrune(keep_rate=0.7, at=(0, 2)), NaiveZeroTPrune(rate=0.7, at=(0, 2))),
+        (
+            vistoken.ZeroTPrune(keep_rate=0.7, at=(0, 2), iterations=(6, 3, 1)),
+            NaiveZeroTPrune(rate=0.7, at=(0, 2)),
+        ),
     ]
     if cls:
         found += [

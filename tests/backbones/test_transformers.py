@@ -45,7 +45,10 @@ METHODS = [
     (vistoken.ToMe(r=4), NaiveToMe(r=4)),
     (vistoken.ToMe(r=4, proportional=False), NaiveToMe(r=4, proportional=False)),
     (vistoken.RandomDrop(keep_rate=0.7, at=(0, 2)), NaiveRandom(rate=0.7, at=(0, 2))),
-    (vistoken.ZeroTPrune(keep_rate=0.7, at=(0, 1)), NaiveZeroTPrune(rate=0.7, at=(0, 1))),
+    (
+        vistoken.ZeroTPrune(keep_rate=0.7, at=(0, 1), iterations=(6, 3, 1)),
+        NaiveZeroTPrune(rate=0.7, at=(0, 1)),
+    ),
 ]
 EVIT = (vistoken.EViT(keep_rate=0.6, at=(0, 2)), NaiveEViT(rate=0.6, at=(0, 2)))
 

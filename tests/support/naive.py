@@ -182,6 +182,7 @@ class NaiveEViT(Reducer):
 class NaiveZeroTPrune(Reducer):
     rate: float = 0.7
     at: tuple[int, ...] = (0, 1, 2)
+    iterations: tuple[int, int, int] = (6, 3, 1)
     where: str = "block"
 
     def slots(self, block, depth, tokens, q, k, scale):
@@ -189,7 +190,7 @@ class NaiveZeroTPrune(Reducer):
         kept = max(1, round(self.rate * patches))
         if block not in self.at or kept == patches:
             return None
-        steps = 30 if block < 3 else (1 if block >= depth - 3 else 5)
+        steps = self.iterations[0 if block < 3 else (2 if block >= depth - 3 else 1)]
         out = []
         for b in range(q.shape[0]):
             first = list(range(prefix))
