@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vistoken import dense, fast
-from vistoken.attach import Attachment, attach, detach
+from vistoken.attach import Attachment
 from vistoken.errors import (
     AlreadyWrappedError,
     ConfigError,
@@ -20,6 +20,7 @@ from vistoken.errors import (
     UnsupportedMethodError,
 )
 from vistoken.flops import count_macs
+from vistoken.hooks import attach, detach
 from vistoken.methods import parse
 from vistoken.methods.base import Method, Need
 from vistoken.models.detect import Backbone, find, grid_at
@@ -253,7 +254,7 @@ def _check_model(model: nn.Module) -> None:
         )
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
-            if type(hook).__module__ == "vistoken.attach":
+            if type(hook).__module__ == "vistoken.hooks":
                 raise AlreadyWrappedError(
                     "this part belongs to a larger model that is wrapped already; unwrap that first"
                 )

@@ -117,7 +117,7 @@ class FusedBlock:
             self.attachment.checked.add(kind)
             if not agrees(self.attachment, x):
                 return False
-        own = "vistoken.attach"
+        own = "vistoken.hooks"
         return all(
             type(hook).__module__ == own for path in PARTS for hook in _hooks(self.owner, path)
         )
