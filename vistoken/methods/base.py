@@ -119,11 +119,12 @@ class Method:
         return self.plan(shape).gflops(shape, self.where)
 
     def to_string(self) -> str:
-        """The command-line form, `name:field=value,...`, with defaults left out."""
+        """The command-line form, `name:field=value,...`: first setting, and what is not default."""
         parts = []
-        for field in dataclasses.fields(self):
+        own = [field for field in dataclasses.fields(self) if not field.kw_only]
+        for field in (*own, *(f for f in dataclasses.fields(self) if f.kw_only)):
             value = getattr(self, field.name)
-            if value != field.default:
+            if value != field.default or (field is own[0] and value is not None):
                 text = str(list(value)) if isinstance(value, tuple) else str(value)
                 parts.append(f"{field.name}={text.replace(' ', '')}")
         return self.name + (":" + ",".join(parts) if parts else "")

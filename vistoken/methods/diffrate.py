@@ -152,9 +152,11 @@ class DiffRate(Method):
     @classmethod
     def at_gflops(cls, shape: ModelShape, gflops: float) -> Self:
         """The published list of that label, or the closed-form family where it costs less."""
-        method = cls(gflops=gflops)
+        method = cls(gflops=int(gflops * 1e4) / 1e4)
+        if method.cost(shape) <= gflops:
+            return method
         # Some published labels are lower than their lists' true cost.
-        return method if method.cost(shape) <= gflops else cls(gflops=gflops * (1 - 1e-6))
+        return cls(gflops=int(gflops * 1e4) / 1e4 - 1e-4)
 
 
 def closed_form(shape: ModelShape, gflops: float) -> Schedule:
