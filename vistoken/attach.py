@@ -55,7 +55,6 @@ class Attachment:
         self.fill = fill
         self.needs = method.needs
         self.proportional = method.proportional
-        self.taps = bool(self.needs) or self.proportional or spec.masks
         self.plans: dict[tuple[int, int], Schedule] = {}
         self.steps: dict[tuple[int, int], tuple[Step, ...]] = {}
         self.plan(shape.grid)
@@ -155,14 +154,19 @@ class Attachment:
 
     # Attention ------------------------------------------------------------------------------------
 
-    def tap(self, block: int) -> Tap | None:
-        """The tap of a block's attention, or None where nothing is to be read or added."""
+    def tap(self, block: int, masked: bool = False) -> Tap | None:
+        """The tap of a block's attention, or None where nothing is to be read or added.
+
+        Args:
+            block: index of the block.
+            masked: whether the host hands its attention a mask this time.
+        """
         frame = self.running()
         reduces = not self.current[block].idle and frame.assignments[block] is None
         collects = bool(self.needs) and reduces
         state = frame.state(block)
         biased = self.proportional and state.size is not None
-        masked = self.spec.masks and state.reduced
+        masked = (masked or self.spec.masks) and state.reduced
         if not (collects or biased or masked):
             return None
 

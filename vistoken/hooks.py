@@ -59,11 +59,12 @@ class TapEnter(Hook):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "tap": None}
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         attachment = self.attachment
         if attachment.inert:
             return
-        self.tap = attachment.pool_tap() if self.pool else attachment.tap(self.block)
+        masked = kwargs.get("attn_mask") is not None or bool(kwargs.get("is_causal"))
+        self.tap = attachment.pool_tap() if self.pool else attachment.tap(self.block, masked)
         if self.tap is not None:
             self.tap.__enter__()  # type: ignore[no-untyped-call]
 
@@ -224,7 +225,7 @@ def attach(attachment: Attachment) -> None:
 
     def tap(target: nn.Module, block: int, pool: bool = False) -> None:
         enter = TapEnter(attachment, block, pool)
-        handles.append(target.register_forward_pre_hook(enter))
+        handles.append(target.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(target.register_forward_hook(TapLeave(enter), always_call=True))
 
     try:
@@ -239,8 +240,7 @@ def attach(attachment: Attachment) -> None:
                 handles.append(
                     owner.register_forward_pre_hook(Positions(attachment, block), with_kwargs=True)
                 )
-            if attachment.taps:
-                tap(module(owner, spec.attn), block)
+            tap(module(owner, spec.attn), block)
             if attachment.method.where == "mlp":
                 entry, last = module(owner, spec.branch_in), module(owner, spec.branch_out)
                 handles.append(entry.register_forward_pre_hook(BranchIn(attachment, block)))

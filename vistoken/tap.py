@@ -79,8 +79,8 @@ class Tap(TorchFunctionMode):
         if self.collect is not None:
             factor = query.shape[-1] ** -0.5 if scale is None else scale
             self.collect(query, key, bias, factor)
-        if bias is not None and is_causal:
-            raise TapError("sizes cannot be added to causal attention; set proportional=False")
+        if is_causal and (bias is not None or self.columns() is not None):
+            raise TapError("causal attention cannot follow merged or removed tokens")
         if bias is not None and attn_mask is None and dropout_p == 0.0:
             factor = query.shape[-1] ** -0.5 if scale is None else scale
             if fits_kernel(query, key, value):

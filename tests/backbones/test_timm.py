@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import timm
@@ -205,6 +206,36 @@ def test_schedule_follows_the_image_size() -> None:
             model(torch.zeros(1, 3, *size, dtype=torch.float64))
         assert trace.counts == counts
         assert trace.source_map.grid == (size[0] // 16, size[1] // 16)
+
+
+@pytest.mark.parametrize("boolean", [True, False])
+@pytest.mark.parametrize("name", ["augreg", "eva02", "siglip map"])
+def test_attention_masks_follow_the_tokens(name: str, boolean: bool) -> None:
+    model, image = build(name)
+    if "attn_mask" not in inspect.signature(type(model).forward).parameters:
+        pytest.skip("this timm release takes no mask")
+    plain = copy.deepcopy(model)
+    total = shape_of(model).at((5, 7)).tokens
+    generator = torch.Generator().manual_seed(1)
+    added = torch.randn(total, total, generator=generator, dtype=torch.float64)
+    if boolean:
+        seen = added > -0.7
+        seen.fill_diagonal_(True)
+        added = torch.zeros_like(added).masked_fill(~seen, float("-inf"))
+    for method, reducer in (
+        (vistoken.ToMe(r=5), NaiveToMe(r=5)),
+        (vistoken.RandomDrop(keep_rate=0.7, at=(0, 1)), NaiveRandom(rate=0.7, at=(0, 1))),
+    ):
+        vistoken.wrap(model, method)
+        torch.manual_seed(5)
+        with torch.no_grad():
+            found = model(image, attn_mask=seen if boolean else added)
+        torch.manual_seed(5)
+        expected = timm_head(plain, timm_trail(plain, image, reducer, added).steps[-1])
+        assert (found - expected).abs().max() < 1e-10
+        with pytest.raises(vistoken.TapError, match="causal"):
+            model(image, is_causal=True)
+        vistoken.unwrap(model)
 
 
 # Dense outputs ------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 class TimmBlock:
     """One block of a timm ViT or EVA, before or after norm."""
 
-    def __init__(self, block: nn.Module, rope: Tensor | None) -> None:
+    def __init__(self, block: nn.Module, rope: Tensor | None, mask: Tensor | None = None) -> None:
         self.block = block
+        self.mask = mask
         self.rope = rope
         self.post = type(block).__name__ in ("ResPostBlock", "EvaBlockPostNorm")
 
@@ -30,6 +31,9 @@ class TimmBlock:
             table = rope_at(self.rope, tokens)
             q, k = (rotated(t, table, tokens.prefix, attn) for t in (q, k))
         scale = q.shape[-1] ** -0.5
+        if self.mask is not None:
+            living = torch.stack([self.mask[own][:, own] for own in tokens.origin])[:, None]
+            bias = living if bias is None else bias + living
         out = attn.norm(join_heads(attend(q, k, scale, bias) @ v))
         if getattr(attn, "gate", None) is not None:
             out = out * attn.gate(h).sigmoid()
@@ -75,19 +79,24 @@ def rotated(x: Tensor, table: Tensor, prefix: int, attn: nn.Module) -> Tensor:
     return torch.cat([x[:, :, :prefix], y * cos + turned * sin], 2)
 
 
-def blocks_of(model: nn.Module, image: Tensor) -> tuple[Tensor, list[TimmBlock]]:
+def blocks_of(
+    model: nn.Module, image: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, list[TimmBlock]]:
     """The tokens that enter block 0, and the blocks."""
     x = model.patch_embed(image)
     found = model._pos_embed(x)
     x, rope = found if isinstance(found, tuple) else (found, None)
     x = model.norm_pre(x)
     tables = rope if getattr(model, "rope_mixed", False) else [rope] * len(model.blocks)
-    return x, [TimmBlock(b, t) for b, t in zip(model.blocks, tables, strict=True)]
+    return x, [TimmBlock(b, t, mask) for b, t in zip(model.blocks, tables, strict=True)]
 
 
-def timm_trail(model: nn.Module, image: Tensor, reducer: Reducer) -> Trail:
+def timm_trail(
+    model: nn.Module, image: Tensor, reducer: Reducer, mask: Tensor | None = None
+) -> Trail:
+    """The tokens of every block; `mask` `[N0, N0]` is added to the attention scores."""
     with torch.no_grad():
-        x, blocks = blocks_of(model, image)
+        x, blocks = blocks_of(model, image, mask)
         return run_blocks(x, model.num_prefix_tokens, blocks, reducer)
 
 
