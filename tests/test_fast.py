@@ -94,6 +94,11 @@ def test_it_steps_aside(chain):
         assert not ran_chain(model, x), "a user's hook must fire"
         handle.remove()
         assert ran_chain(model, x)
+        own = model.blocks[0].mlp.fc1
+        model.blocks[0].mlp.fc1 = torch.nn.Sequential(own, torch.nn.Identity())
+        assert not ran_chain(model, x), "a layer was exchanged"
+        model.blocks[0].mlp.fc1 = own
+        assert ran_chain(model, x)
     assert not ran_chain(model, x), "gradients are enabled"
 
 

@@ -67,6 +67,8 @@ def why_not(block: Any) -> str | None:
             return f"a block has no module '{path}'"
         if class_path(type(part)) not in allowed:
             return f"'{path}' of a block is {class_path(type(part))}"
+    if any(norm.weight is None or norm.bias is None for norm in (block.norm1, block.norm2)):
+        return "its norms have no weight and bias"
     if getattr(block.attn, "gate", None) is not None:
         return "its attention is gated"
     if getattr(block.mlp.act, "approximate", "none") != "none":
@@ -85,6 +87,8 @@ class FusedBlock:
     def __init__(self, attachment: Attachment, block: int) -> None:
         self.attachment = attachment
         self.block = block
+        self.known: tuple[type, ...] = ()
+        self.reason: str | None = None
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -117,10 +121,11 @@ class FusedBlock:
             self.attachment.checked.add(kind)
             if not agrees(self.attachment, x):
                 return False
-        own = "vistoken.hooks"
-        return all(
-            type(hook).__module__ == own for path in PARTS for hook in _hooks(self.owner, path)
-        )
+        parts = [_part(self.owner, path) for path in PARTS]
+        kinds = tuple(map(type, parts))
+        if kinds != self.known:  # layers can be exchanged after wrap, by adapters for example
+            self.known, self.reason = kinds, why_not(self.owner)
+        return self.reason is None and not any(map(_is_watched, parts))
 
     def run(self, x: Tensor) -> Tensor:
         """The chain on x `[B, N, C]`; leaves the frame as the bypass would."""
@@ -247,14 +252,20 @@ def runs_fused(x: Tensor) -> bool:
     return use_triton(x)
 
 
-def _hooks(owner: nn.Module, path: str) -> list[Any]:
-    """Forward hooks on a module of a block."""
+def _part(owner: nn.Module, path: str) -> nn.Module | None:
+    """A module of a block, or None where the block has none."""
     part: Any = owner
     for name in path.split("."):
         part = getattr(part, name, None)
-        if part is None:
-            return []
-    return [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+    return part if isinstance(part, nn.Module) else None
+
+
+def _is_watched(part: nn.Module | None) -> bool:
+    """Whether someone else's forward hook sits on a module."""
+    if part is None or not (part._forward_hooks or part._forward_pre_hooks):
+        return False
+    hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+    return any(type(hook).__module__ != "vistoken.hooks" for hook in hooks)
 
 
 def bind(attachment: Attachment) -> None:
