@@ -7,6 +7,9 @@ Importing vistoken needs torch only; model libraries are imported on first use.
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 from vistoken import methods
 from vistoken._version import __version__
 from vistoken.api import Info, flops, info, trace, unwrap, wrap
@@ -73,5 +76,13 @@ __all__ = [
     "parse",
     "trace",
     "unwrap",
+    "view",
     "wrap",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`vistoken.view` on first use: pictures need more than torch."""
+    if name == "view":
+        return import_module("vistoken.view")
+    raise AttributeError(f"module 'vistoken' has no attribute {name!r}")
