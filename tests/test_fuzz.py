@@ -122,6 +122,7 @@ def check_blocks(case: dict, trace: vistoken.Trace) -> None:
             assert (block.size == 1).all() and (members == 1).all()
 
 
+@pytest.mark.slow
 @settings(
     max_examples=500,
     deadline=None,
