@@ -145,7 +145,7 @@ def test_shipped_configs_are_valid(name):
 def test_a_cpu_gets_fewer_scenes_and_says_so():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     shorter, (note,) = shorten(EvalOptions(), cpu)
-    assert shorter.limit == 500
+    assert shorter.limit == 250
     assert "--limit 1000" in note
     for options, device in [
         (EvalOptions(limit=1000), cpu),

@@ -48,7 +48,7 @@ class EvalOptions:
     class_map: str | None = option(None, "text file that orders the classes of an image folder")
     download: bool = option(False, "let torch/ data sets fetch their files")
     limit: int | None = option(
-        None, "use the first so many images; all if left out (500 of the embedded scenes on a CPU)"
+        None, "use the first so many images; all if left out (250 of the embedded scenes on a CPU)"
     )
     method: list[str] = field(
         default_factory=list,

@@ -28,7 +28,7 @@ from vistoken.models.load import Classifier, Reference, load_classifier
 
 DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32}
 CPU_SPEED_BATCH = 16
-CPU_SCENES = 500
+CPU_SCENES = 250
 
 
 def run_evaluation(
