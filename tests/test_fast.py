@@ -130,6 +130,22 @@ def test_disagreement_switches_it_off(chain, monkeypatch):
     assert "is off by" in vistoken.info(model).execution
 
 
+def test_a_self_check_that_gives_nan_switches_it_off(chain):
+    model, x = vistoken.wrap(build(), "tome:r=3"), torch.randn(2, 3, 64, 64)
+    model.blocks[0].mlp.fc2.bias.data.fill_(float("nan"))
+    with torch.no_grad():
+        model(x)
+    assert "is off by nan" in vistoken.info(model).execution
+
+
+def test_a_positional_mask_reaches_the_block(chain):
+    block, x = vistoken.wrap(build(), "tome:r=0").blocks[0], torch.randn(2, 17, 64)
+    mask = torch.zeros(17, 17).index_fill(1, torch.tensor([3]), float("-inf"))
+    with torch.no_grad():
+        torch.testing.assert_close(block(x, mask), block(x, attn_mask=mask))
+        assert not torch.allclose(block(x, mask), block(x))
+
+
 def test_unwrap_takes_it_off():
     model = build()
     before = {name: set(m.__dict__) for name, m in model.named_modules()}

@@ -102,8 +102,8 @@ class FusedBlock:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The block's forward, x `[B, N, C]` to `[B, M, C]`."""
-        plain = not any(args) and not any(v is not None and v is not False for v in kwargs.values())
-        if plain and self.usable(x):
+        options = (*args, *kwargs.values())
+        if all(option is None or option is False for option in options) and self.usable(x):
             return self.run(x)
         out: Tensor = type(self.owner).forward(self.owner, x, *args, **kwargs)
         return out
@@ -321,6 +321,7 @@ def agrees(attachment: Attachment, x: Tensor) -> bool:
     gamma = layer_scale(owner, "ls2")
     chain = plus(short, branch, gamma).float()
     error = float((chain - own).norm() / own.norm())
-    if error > TOLERANCE:
+    same = error <= TOLERANCE  # false for NaN too
+    if not same:
         attachment.fused = f"the fused chain is off by {error:.1e} from the model's own block"
-    return error <= TOLERANCE
+    return same

@@ -47,7 +47,7 @@ class ZeroTPrune(Method):
         at: blocks after which tokens go, 0 is the first.
         similar: share of the removal done by the S-stage, in [0, 1].
         iterations: page-rank steps in the first three blocks, the middle, the last three. The paper
-            takes 30 to 50 in the first; on the reference model 8 keep the same tokens to 99.98 %.
+            takes 30 to 50 in the first; the default of 8 is a choice for speed.
         variance: smallest and largest variance of `N s` a head may have.
         class_weight: start the rank with the class token at sqrt(N) times the others; else uniform.
     """
