@@ -1,5 +1,6 @@
 """Every Triton kernel compiles for an H100 without a GPU; the interpreter hides type errors."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -49,7 +50,7 @@ for name, types, constants in json.loads(sys.argv[1]):
 """
 
 INDEX = {p: "i64" for p in ("keep_ptr", "src_ptr", "dst_ptr", "order_ptr", "index_ptr")}
-FLOAT = {"partner_ptr": "i32"} | {
+FLOAT = {"partner_ptr": "i32", "alive_ptr": "i1"} | {
     p: "fp32"
     for p in (
         "size_ptr",
@@ -61,25 +62,14 @@ FLOAT = {"partner_ptr": "i32"} | {
         "best_ptr",
         "bias_ptr",
         "value_ptr",
+        "lse_ptr",
     )
 }
 CASES = []
-for sized in (True, False):
-    for rows in (0, 2):
-        CASES.append(
-            (
-                "attention",
-                {"scale2": "fp32"},
-                {
-                    "BIASED": sized,
-                    "CLASS_TOKENS": rows,
-                    "BLOCK_M": 128,
-                    "BLOCK_N": 64,
-                    "D": 64,
-                    "BLOCK_D": 64,
-                },
-            )
-        )
+for sized, rows, extra in itertools.product((True, False), (0, 2), (True, False)):
+    CASES.append(("attention", {"scale2": "fp32"}, {
+        "BIASED": sized, "CLASS_TOKENS": rows, "LSE": extra, "ALIVE": extra, "BLOCK_M": 64,
+        "BLOCK_N": 32, "D": 64, "BLOCK_D": 64}))  # fmt: skip
 TILE = {"ROWS": 64, "CHUNK": 64}
 CASES.append(("match", {}, {"HEADS": 6, **TILE, "D": 64, "BLOCK_D": 64}))
 CASES.append(("match", {"key_ptr": "fp32"}, {"HEADS": 12, **TILE, "D": 48, "BLOCK_D": 64}))

@@ -50,6 +50,27 @@ def test_attention(shape, sized, rows):
         torch.testing.assert_close(row.double(), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(2, 197, 3, 64), (1, 33, 2, 48), (2, 64, 1, 32), (1, 5, 2, 24)])
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_gives_the_normalizer_and_hides_dead_keys(shape, masked):
+    q, k, v = heads(*shape)
+    batch, tokens, _, dim = shape
+    bias = draw(batch, tokens).abs()
+    alive = draw(batch, tokens, seed=9) > 0.5 if masked else None
+    if masked:
+        alive[0, : tokens * 3 // 4] = False  # whole blocks of dead keys
+    lse = torch.empty(q.shape[:3], device=DEVICE)
+    out, row = biased_attention_triton(q, k, v, bias, dim**-0.5, 2, alive, lse)
+    score = q.double() @ k.double().transpose(-1, -2) * dim**-0.5 + bias[:, None, None].double()
+    if masked:
+        own = torch.eye(tokens, dtype=torch.bool, device=DEVICE)
+        score = score.masked_fill(~(alive[:, None, None] | own), float("-inf"))
+    attention = score.softmax(-1)
+    torch.testing.assert_close(out.double(), attention @ v.double(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(row.double(), attention[:, :, :2].mean(2), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(lse.double(), score.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("tokens", [12, 41, 130, 197])
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 @pytest.mark.parametrize("r", [1, 3])
