@@ -26,11 +26,13 @@ def _rank(score_ptr, order_ptr, tokens, prefix, BLOCK: tl.constexpr, PART: tl.co
     part, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     own = part * PART + tl.arange(0, PART)
     score = tl.load(score_ptr + b * tokens + own, mask=own < tokens, other=float("-inf"))
+    score = tl.where(score == score, score, float("-inf"))  # a NaN goes last, in its order
     rank = tl.zeros([PART], tl.int32)
     for start in range(0, tokens, 64):
         other = start + tl.arange(0, 64)
         rival = (other >= prefix) & (other < tokens)
         value = tl.load(score_ptr + b * tokens + other, mask=rival, other=float("-inf"))
+        value = tl.where(value == value, value, float("-inf"))
         beats = (value[None, :] > score[:, None]) | (
             (value[None, :] == score[:, None]) & (other[None, :] < own[:, None])
         )

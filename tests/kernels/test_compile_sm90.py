@@ -21,7 +21,8 @@ from vistoken.kernels import (
 KERNELS = {
     "attention": triton_biased_attention._attention,
     "match": triton_bipartite._match,
-    "slots": triton_bipartite._slots,
+    "place": triton_bipartite._place_all,
+    "match_and_place": triton_bipartite._match_and_place,
     "normalizer": triton_signals._normalizer,
     "partner": triton_signals._partner,
     "chain": triton_chain._add_reduce_norm,
@@ -41,6 +42,8 @@ for name, types, constants in json.loads(sys.argv[1]):
     source = ASTSource(kernel, signature=signature, constexprs=values)
     try:
         options = {"num_stages": 1 if name == "match" else 2}
+        if name in ("place", "match_and_place"):
+            options["num_warps"] = 8
         built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         shared = built.metadata.shared
         fits = len(built.asm["cubin"]) > 1000 and shared < 227 * 1024
@@ -71,9 +74,13 @@ for sized, rows, extra in itertools.product((True, False), (0, 2), (True, False)
         "BIASED": sized, "CLASS_TOKENS": rows, "LSE": extra, "ALIVE": extra, "BLOCK_M": 64,
         "BLOCK_N": 32, "D": 64, "BLOCK_D": 64}))  # fmt: skip
 TILE = {"ROWS": 64, "CHUNK": 64}
-CASES.append(("match", {}, {"HEADS": 6, **TILE, "D": 64, "BLOCK_D": 64}))
-CASES.append(("match", {"key_ptr": "fp32"}, {"HEADS": 12, **TILE, "D": 48, "BLOCK_D": 64}))
-CASES.append(("slots", {}, {"BLOCK": 512, "ROWS": 64}))
+HALF = {"HEADS": 6, "D": 64, "BLOCK_D": 64}
+WIDE = {"HEADS": 12, "D": 48, "BLOCK_D": 64}
+CASES.append(("match", {}, {**TILE, **HALF}))
+CASES.append(("match", {"key_ptr": "fp32"}, {**TILE, **WIDE}))
+CASES.append(("match_and_place", {}, {"BLOCK": 128, **HALF}))
+CASES.append(("match_and_place", {"key_ptr": "fp32"}, {"BLOCK": 128, **WIDE}))
+CASES.append(("place", {}, {"BLOCK": 512, "CHUNK": 32}))
 CASES.append(("partner", {}, {"ROWS": 16, "CHUNK": 64, "BLOCK_C": 64}))
 for biased in (True, False):
     CASES.append(

@@ -71,11 +71,13 @@ def test_attention_gives_the_normalizer_and_hides_dead_keys(shape, masked):
     torch.testing.assert_close(lse.double(), score.logsumexp(-1), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("tokens", [12, 41, 130, 197])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("tokens", [12, 41, 130, 197, 300])
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 @pytest.mark.parametrize("r", [1, 3])
-def test_bipartite(tokens, prefix, r):
+def test_bipartite(tokens, prefix, r, dtype):
     _, keys, _ = heads(2, tokens, 3, 24, seed=tokens)
+    keys = keys.to(dtype)
     got = bipartite_triton(keys, prefix, r)
     expected = pair_up(cosine_scores(head_mean(keys.double())), prefix, r)
     for mine, reference in zip(got, expected, strict=True):
@@ -87,6 +89,20 @@ def test_bipartite_with_equal_scores_keeps_the_order():
     got = bipartite_triton(keys, 1, 4)
     for mine, reference in zip(got, pair_up(cosine_scores(head_mean(keys)), 1, 4), strict=True):
         assert torch.equal(mine, reference)
+
+
+@pytest.mark.parametrize("tokens", [20, 300])
+def test_nan_in_one_image_leaves_valid_indices_and_its_batch_mates_alone(tokens):
+    _, keys, _ = heads(3, tokens, 2, 16)
+    clean = bipartite_triton(keys, 1, 5)
+    keys[1] = float("nan")
+    for mine, other in zip(bipartite_triton(keys, 1, 5), clean, strict=True):
+        assert torch.equal(mine[[0, 2]], other[[0, 2]])
+        assert 0 <= int(mine[1].min()) and int(mine[1].max()) < tokens
+    score = draw(2, tokens)
+    score[0, 3::2] = float("nan")
+    order = rank_tokens_triton(score, 1)
+    assert torch.equal(order[0].sort().values, torch.arange(tokens, device=DEVICE))
 
 
 @pytest.mark.parametrize("tokens", [3, 64, 197, 300])
