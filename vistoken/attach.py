@@ -9,19 +9,23 @@ broadcasts; at the block's end the kept sum replaces the host's. The host's forw
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vistoken.errors import RecomputeError, TapError
 from vistoken.methods.base import Features, Method
+from vistoken.methods.sparse import SparseAttention
 from vistoken.schedule import Schedule, Step
 from vistoken.shape import ModelShape
+from vistoken.sparse import SparseTap
 from vistoken.spec import BlockSpec, Readout
 from vistoken.state import Address, Assignment, Fill, Frame, SourceMap, TokenState
 from vistoken.tap import Tap, gather_signals
 
+T = TypeVar("T")
 FRAMES_KEPT = 8
 """Forward passes whose blocks can still be recomputed by activation checkpointing."""
 
@@ -103,9 +107,10 @@ class Attachment:
         frame.short[block] = frame.out[block] = None
         if again or torch.compiler.is_compiling():
             return
-        frame.inputs[block] = Address(x)
         if block == 0 and torch.is_grad_enabled():
             self.past.append(frame)
+        if self.past and self.past[-1] is frame:  # no other frame is ever looked up again
+            frame.inputs[block] = Address(x)
 
     def open(self, x: Tensor) -> Frame:
         """The frame of a new forward pass."""
@@ -162,6 +167,9 @@ class Attachment:
             masked: whether the host hands its attention a mask this time.
         """
         frame = self.running()
+        if isinstance(self.method, SparseAttention):
+            sparse = block in self.method.replaced(self.shape.depth)
+            return SparseTap(self.method, block, frame.state(0).grid) if sparse else None
         reduces = not self.current[block].idle and frame.assignments[block] is None
         collects = bool(self.needs) and reduces
         state = frame.state(block)
@@ -176,10 +184,11 @@ class Attachment:
             return state.size.to(widened(key)).log()
 
         def collect(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> None:
-            with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-                frame.features[block] = gather_signals(
-                    self.needs, self.shape.cls, q.detach(), k.detach(), bias, scale
-                )
+            def signals() -> dict[str, Any]:
+                cls = self.shape.cls
+                return gather_signals(self.needs, cls, q.detach(), k.detach(), bias, scale)
+
+            frame.features[block] = undisturbed(q.device.type, signals)
 
         return Tap(log_size, collect if collects else None, lambda: state.origin)
 
@@ -214,9 +223,12 @@ class Attachment:
                 f"{self.method.name} needs {', '.join(need.value for need in self.needs)}, but no "
                 f"fused attention call passed through block {block} of this {self.spec.family}"
             )
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+
+        def choose() -> Assignment:
             features = Features(x=x.detach(), **(signals or {}))
-            assignment = self.method.assign(features, frame.state(block), step)
+            return self.method.assign(features, frame.state(block), step)
+
+        assignment = undisturbed(x.device.type, choose)
         frame.assignments[block], frame.features[block] = assignment, None
         return assignment
 
@@ -265,6 +277,14 @@ class Attachment:
 def recomputing() -> bool:
     """Whether a backward pass is running, so that activation checkpointing runs this again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def undisturbed(device_type: str, call: Callable[[], T]) -> T:
+    """`call()` without gradient or autocast; contexts that would change nothing are not entered."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(device_type):
+        with torch.no_grad(), torch.autocast(device_type, enabled=False):
+            return call()
+    return call()
 
 
 def widened(x: Tensor) -> torch.dtype:

@@ -24,7 +24,8 @@ from vistoken.kernels.biased_attention import biased_attention
 from vistoken.kernels.chain import Slots, add_reduce_norm
 from vistoken.kernels.dispatch import use_triton, why_not_triton
 from vistoken.methods.base import Need
-from vistoken.spec import class_path
+from vistoken.methods.sparse import SparseAttention
+from vistoken.spec import class_path, lookup
 from vistoken.state import Frame, TokenState
 from vistoken.tap import gather_signals
 
@@ -87,8 +88,12 @@ class FusedBlock:
     def __init__(self, attachment: Attachment, block: int) -> None:
         self.attachment = attachment
         self.block = block
-        self.known: tuple[type, ...] = ()
-        self.reason: str | None = None
+        self.seen: tuple[list[Any], list[int]] | None = None
+        self.places: list[tuple[dict[str, Any], str]] = []
+        self.untouched = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "seen": None, "places": []}
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -121,11 +126,22 @@ class FusedBlock:
             self.attachment.checked.add(kind)
             if not agrees(self.attachment, x):
                 return False
-        parts = [_part(self.owner, path) for path in PARTS]
-        kinds = tuple(map(type, parts))
-        if kinds != self.known:  # layers can be exchanged after wrap, by adapters for example
-            self.known, self.reason = kinds, why_not(self.owner)
-        return self.reason is None and not any(map(_is_watched, parts))
+        return self.intact()
+
+    def intact(self) -> bool:
+        """Whether the block's parts are of the known kind and carry no foreign hook.
+
+        Layers can be exchanged and hooks added after wrap, so this looks at every call; the
+        inspection itself is repeated only where something changed.
+        """
+        parts = [modules.get(name) for modules, name in self.places]
+        seen = (parts, _hook_ids(parts))
+        if seen != self.seen or not parts:
+            self.places = [_place(self.owner, path) for path in PARTS]
+            parts = [modules.get(name) for modules, name in self.places]
+            self.seen = (parts, _hook_ids(parts))
+            self.untouched = why_not(self.owner) is None and not any(map(_is_watched, parts))
+        return self.untouched
 
     def run(self, x: Tensor) -> Tensor:
         """The chain on x `[B, N, C]`; leaves the frame as the bypass would."""
@@ -252,12 +268,22 @@ def runs_fused(x: Tensor) -> bool:
     return use_triton(x)
 
 
-def _part(owner: nn.Module, path: str) -> nn.Module | None:
-    """A module of a block, or None where the block has none."""
-    part: Any = owner
-    for name in path.split("."):
-        part = getattr(part, name, None)
-    return part if isinstance(part, nn.Module) else None
+def _place(owner: nn.Module, path: str) -> tuple[dict[str, Any], str]:
+    """Where a module of a block is kept: the parent's table of modules, and the name in it."""
+    parent, _, name = path.rpartition(".")
+    found = lookup(owner, parent)
+    return (found._modules if isinstance(found, nn.Module) else {}), name
+
+
+def _hook_ids(parts: list[Any]) -> list[int]:
+    """Numbers of all forward hooks on the modules; torch gives every hook its own."""
+    return [
+        number
+        for part in parts
+        if part is not None
+        for hooks in (part._forward_pre_hooks, part._forward_hooks)
+        for number in hooks
+    ]
 
 
 def _is_watched(part: nn.Module | None) -> bool:
@@ -270,6 +296,9 @@ def _is_watched(part: nn.Module | None) -> bool:
 
 def bind(attachment: Attachment) -> None:
     """Put the chain on an attachment's blocks, if all of them are of the known kind."""
+    if isinstance(attachment.method, SparseAttention):
+        attachment.fused = f"{attachment.method.name} replaces attention inside them"
+        return
     reasons = [why_not(block) for block in attachment.blocks]
     reason = next((r for r in reasons if r is not None), None)
     attachment.fused = True if reason is None else reason
