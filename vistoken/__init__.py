@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from vistoken import methods
+from vistoken import attention, methods
 from vistoken._version import __version__
 from vistoken.api import Info, flops, info, trace, unwrap, wrap
 from vistoken.errors import (
@@ -31,6 +31,7 @@ from vistoken.methods import (
     DiffRate,
     EViT,
     Method,
+    NeighborhoodAttention,
     Pool,
     RandomDrop,
     ToFu,
@@ -53,6 +54,7 @@ __all__ = [
     "Graphed",
     "Info",
     "Method",
+    "NeighborhoodAttention",
     "NotWrappedError",
     "Pool",
     "RandomDrop",
@@ -69,6 +71,7 @@ __all__ = [
     "VistokenError",
     "ZeroTPrune",
     "__version__",
+    "attention",
     "compile",
     "flops",
     "info",

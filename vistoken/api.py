@@ -23,6 +23,7 @@ from vistoken.flops import count_macs
 from vistoken.hooks import attach, detach
 from vistoken.methods import parse
 from vistoken.methods.base import Method, Need
+from vistoken.methods.sparse import SparseAttention
 from vistoken.models.detect import Backbone, find, grid_at
 from vistoken.schedule import Schedule
 from vistoken.shape import ModelShape
@@ -111,6 +112,7 @@ class Info:
         gflops: cost of one image, in G multiply-accumulates.
         dense_gflops: cost without the method.
         execution: which implementation runs, and why.
+        sparse: blocks whose attention the method replaces.
     """
 
     method: str
@@ -122,12 +124,16 @@ class Info:
     gflops: float
     dense_gflops: float
     execution: str
+    sparse: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         saved = 1 - self.gflops / self.dense_gflops
+        effect = f"{self.tokens} -> {self.counts[-1]} tokens over {self.blocks} blocks"
+        if self.sparse:
+            which = ", ".join(map(str, self.sparse))
+            effect = f"sparse attention in blocks {which} of {self.blocks}"
         return (
-            f"{self.method} on {self.family}{f' at {self.path}' if self.path else ''}: "
-            f"{self.tokens} -> {self.counts[-1]} tokens over {self.blocks} blocks, "
+            f"{self.method} on {self.family}{f' at {self.path}' if self.path else ''}: {effect}, "
             f"{self.gflops:.3g} of {self.dense_gflops:.3g} GFLOPs ({saved:.0%} saved); "
             f"{self.execution}"
         )
@@ -141,17 +147,19 @@ def info(model: nn.Module) -> Info:
     """
     owner, attachment = _find_attachment(model)
     schedule, shape = attachment.plan(attachment.shape.grid), attachment.shape
+    method = attachment.method
     path = next((name for name, m in owner.named_modules() if m is attachment.host), "")
     return Info(
-        method=attachment.method.to_string(),
+        method=method.to_string(),
         family=attachment.spec.family,
         path=path,
         blocks=shape.depth,
         counts=schedule.kept,
         tokens=shape.tokens,
-        gflops=schedule.gflops(shape, attachment.method.where),
+        gflops=method.cost(shape),
         dense_gflops=count_macs(shape) / 1e9,
         execution=fast.describe(attachment),
+        sparse=method.replaced(shape.depth) if isinstance(method, SparseAttention) else (),
     )
 
 
@@ -231,6 +239,13 @@ def check_method(backbone: Backbone, method: Method) -> None:
             f"{class_path(type(backbone.host))} has no class token; methods that need none: tome, "
             "tofu, mctf, zero_tprune, random, pool"
         )
+    for part in ("patch_drop", "patch_dropout"):
+        drops = not isinstance(getattr(backbone.host, part, None), nn.Identity | None)
+        if drops and isinstance(method, SparseAttention):
+            raise UnsupportedMethodError(
+                f"{method.name} needs the whole patch grid, but {class_path(type(backbone.host))} "
+                f"drops patches in training ('{part}'); build it with a patch dropout of 0"
+            )
 
 
 def _check_model(model: nn.Module) -> None:

@@ -14,11 +14,14 @@ from vistoken.methods.baselines import Pool, RandomDrop
 from vistoken.methods.diffrate import DiffRate
 from vistoken.methods.evit import EViT
 from vistoken.methods.mctf import MCTF
+from vistoken.methods.neighborhood import NeighborhoodAttention
+from vistoken.methods.sparse import SparseAttention
 from vistoken.methods.tofu import ToFu
 from vistoken.methods.tome import ToMe
 from vistoken.methods.zero_tprune import ZeroTPrune
 
 __all__ = [
+    "ATTENTIONS",
     "MCTF",
     "METHODS",
     "DiffRate",
@@ -26,8 +29,10 @@ __all__ = [
     "Features",
     "Method",
     "Need",
+    "NeighborhoodAttention",
     "Pool",
     "RandomDrop",
+    "SparseAttention",
     "ToFu",
     "ToMe",
     "ZeroTPrune",
@@ -37,7 +42,10 @@ __all__ = [
 METHODS: dict[str, type[Method]] = {
     cls.name: cls for cls in (ToMe, DiffRate, ZeroTPrune, EViT, ToFu, MCTF, RandomDrop, Pool)
 }
-"""Every method by its command-line name."""
+"""Every method that reduces tokens, by its command-line name."""
+
+ATTENTIONS: dict[str, type[SparseAttention]] = {cls.name: cls for cls in (NeighborhoodAttention,)}
+"""Every method that replaces attention, by its command-line name."""
 
 
 def parse(text: str) -> Method:
@@ -47,9 +55,10 @@ def parse(text: str) -> Method:
         ConfigError: unknown method or setting (the allowed ones are listed), or a bad value.
     """
     name, _, rest = text.strip().partition(":")
-    if name not in METHODS:
-        raise ConfigError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
-    cls = METHODS[name]
+    known: dict[str, type[Method]] = {**METHODS, **ATTENTIONS}
+    if name not in known:
+        raise ConfigError(f"unknown method {name!r}; there are {', '.join(known)}")
+    cls = known[name]
     fields = {field.name for field in dataclasses.fields(cls)}
     settings: dict[str, Any] = {}
     for part in _split(rest):

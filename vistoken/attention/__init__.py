@@ -1,0 +1,9 @@
+"""Sparse attention as layers: what `nn.MultiheadAttention` is to dense attention, on a grid."""
+
+from vistoken.attention.neighborhood import (
+    NeighborhoodAttention1D,
+    NeighborhoodAttention2D,
+    NeighborhoodAttention3D,
+)
+
+__all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
