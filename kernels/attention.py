@@ -10,13 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vistoken.kernels.dispatch import use_triton
+from vistoken.kernels.dispatch import as_op, trains, use_triton
 
 CHUNK = 64
 """Rows of the attention matrix held at once."""
 
 
-def class_row(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+def class_row(
+    q: Tensor, k: Tensor, bias: Tensor | None, scale: float, alive: Tensor | None = None
+) -> Tensor:
     """Attention that the class tokens pay to every token, averaged over heads and class tokens.
 
     Args:
@@ -24,12 +26,14 @@ def class_row(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor
         k: keys of all tokens, `[B, H, N, d]`.
         bias: additive key bias `[B, N]` or None.
         scale: softmax scale.
+        alive: living keys `[B, N]`, as in `biased_attention`, or None.
 
     Returns:
         `[B, N]`, each row sums to 1.
     """
-    scores = _scores(q, k, bias, scale)
-    return scores.softmax(-1).mean((1, 2))
+    scores = scores_of(q, k, bias, scale)
+    attention = scores.softmax(-1) if alive is None else among_living(scores, alive, 0)[0]
+    return attention.mean((1, 2))
 
 
 def log_normalizer(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -41,16 +45,48 @@ def log_normalizer(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> T
         bias: additive key bias, `[B, N_k]` or `[B, H, N_k]`, or None.
         scale: softmax scale.
     """
-    if use_triton(q) and not torch.compiler.is_compiling():
-        from vistoken.kernels.triton_signals import log_normalizer_triton
+    if trains(q, k, bias):
+        return log_normalizer_reference(q, k, bias, scale)
+    run = log_normalizer_op if as_op(q) else _log_normalizer
+    rows: Tensor = run(q, k, bias, scale)
+    return rows
 
-        return log_normalizer_triton(q, k, bias, scale)
-    rows = [_scores(part, k, bias, scale).logsumexp(-1) for part in q.split(CHUNK, dim=2)]
+
+def _log_normalizer(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    if not use_triton(q):
+        return log_normalizer_reference(q, k, bias, scale)
+    from vistoken.kernels.triton_signals import log_normalizer_triton
+
+    return log_normalizer_triton(q, k, bias, scale)
+
+
+log_normalizer_op = torch.library.custom_op(
+    "vistoken::log_normalizer",
+    _log_normalizer,
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor? bias, float scale) -> Tensor",
+)
+
+
+@log_normalizer_op.register_fake
+def _(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    return q.new_empty(q.shape[:3], dtype=wide_type(q))
+
+
+def log_normalizer_reference(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """`log_normalizer` in torch operators."""
+    rows = [scores_of(part, k, bias, scale).logsumexp(-1) for part in q.split(CHUNK, dim=2)]
     return torch.cat(rows, dim=2)
 
 
 def page_rank(
-    q: Tensor, k: Tensor, bias: Tensor | None, scale: float, start: Tensor, steps: int
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    start: Tensor,
+    steps: int,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """`steps` power iterations `s <- A^T s` on the attention graph of every head.
 
@@ -65,11 +101,12 @@ def page_rank(
         scale: softmax scale.
         start: positive scores to start from, `[B, N]` or `[B, H, N]`; their sum is conserved.
         steps: iterations.
+        lse: the row normalisers `[B, H, N]` where known, from the attention itself for example.
 
     Returns:
         Scores `[B, H, N]` (Zero-TPrune, Wang et al., CVPR 2024, algorithm 1).
     """
-    rows = log_normalizer(q, k, bias, scale)
+    rows = log_normalizer(q, k, bias, scale) if lse is None else lse
     if start.dim() == 2:
         start = start[:, None]
     log_score = start.to(rows.dtype).log().expand_as(rows)
@@ -80,22 +117,69 @@ def page_rank(
     return log_score.exp()
 
 
-def received(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Attention every token receives, averaged over queries and heads (column mean), `[B, N]`."""
+def received(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    lse: Tensor | None = None,
+    alive: Tensor | None = None,
+) -> Tensor:
+    """Attention every token receives, averaged over queries and heads (column mean), `[B, N]`.
+
+    Args:
+        q: queries `[B, H, N, d]`.
+        k: keys `[B, H, N, d]`.
+        bias: additive key bias `[B, N]` or None.
+        scale: softmax scale.
+        lse: the row normalisers `[B, H, N]`; saves one of two passes.
+        alive: living keys `[B, N]`, as in `biased_attention`, or None; needs its lse.
+    """
+    if alive is not None and lse is None:
+        raise ValueError("received: alive is given without lse; pass biased_attention's")
     batch, tokens = q.shape[0], q.shape[2]
-    start = q.new_full((batch, tokens), 1.0 / tokens, dtype=_wide(q))
-    return page_rank(q, k, bias, scale, start, 1).mean(1)
+    start = q.new_full((batch, tokens), 1.0 / tokens, dtype=wide_type(q))
+    columns = page_rank(q, k, bias, scale, start, 1, lse)
+    if alive is not None and lse is not None:
+        own = (q.to(lse.dtype) * k.to(lse.dtype)).sum(-1) * scale - lse
+        own = own if bias is None else own + bias[:, None]
+        columns = torch.where(alive[:, None] != 0, columns, own.exp() / tokens)
+    return columns.mean(1)
 
 
-def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+def scores_of(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """Biased scores `[B, H, N_q, N_k]` in the wide type."""
-    scores = (q @ k.transpose(-2, -1)).to(_wide(q)) * scale
+    scores = (q @ k.transpose(-2, -1)).to(wide_type(q)) * scale
     if bias is None:
         return scores
     bias = bias.to(scores.dtype)
     return scores + (bias[:, None, None] if bias.dim() == 2 else bias[:, :, None])
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide_type(x: Tensor) -> torch.dtype:
     """The type sums are kept in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def own_key(rows: int, keys: int, first: int, device: torch.device) -> Tensor:
+    """Where query `first + i` meets its own key, `[rows, keys]`."""
+    query = torch.arange(first, first + rows, device=device)
+    return query[:, None] == torch.arange(keys, device=device)
+
+
+def among_living(scores: Tensor, alive: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Attention `[B, H, R, N]` and log-sum-exp `[B, H, R]` where queries see living and own keys.
+
+    Args:
+        scores: biased scores `[B, H, R, N]` of the queries from `first` on.
+        alive: living keys `[B, N]`, bool, or float zeros and ones with a gradient.
+        first: position of the first query.
+    """
+    own = own_key(scores.shape[2], scores.shape[3], first, scores.device)
+    living = alive[:, None, None]
+    top = scores.detach().masked_fill((living == 0) & ~own, float("-inf")).amax(-1, True)
+    # Nothing bounds the score of a dead key, whose exponential the gradient of alive contains.
+    weight = torch.where(own, 1.0, living.to(scores.dtype))
+    power = (scores - top).clamp(max=55.0).exp() * weight
+    total = power.sum(-1, keepdim=True)
+    return power / total, (total.log() + top).squeeze(-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vistoken.kernels.dispatch import ANY, use_triton
+from vistoken.kernels.dispatch import ANY, as_op, use_triton
 from vistoken.kernels.match import unit
 
 
@@ -23,11 +23,34 @@ def bipartite(keys: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor
     Returns:
         keep `[B, N - r]`, src `[B, r]` and dst `[B, r]`, int64, as in `Assignment`.
     """
-    if use_triton(keys, ANY) and not torch.compiler.is_compiling():
-        from vistoken.kernels.triton_bipartite import bipartite_triton
+    run = bipartite_op if as_op(keys, ANY) else _bipartite
+    keep, src, dst = run(keys, prefix, r)
+    return keep, src, dst
 
-        return bipartite_triton(keys, prefix, r)
-    return pair_up(cosine_scores(head_mean(keys)), prefix, r)
+
+def _bipartite(keys: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    if not use_triton(keys, ANY):
+        return pair_up(cosine_scores(head_mean(keys)), prefix, r)
+    from vistoken.kernels.triton_bipartite import bipartite_triton
+
+    return bipartite_triton(keys, prefix, r)
+
+
+bipartite_op = torch.library.custom_op(
+    "vistoken::bipartite",
+    _bipartite,
+    mutates_args=(),
+    schema="(Tensor keys, SymInt prefix, SymInt r) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@bipartite_op.register_fake
+def _(keys: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    batch, _, tokens, _ = keys.shape
+    keep, src, dst = (
+        keys.new_empty(batch, count, dtype=torch.int64) for count in (tokens - r, r, r)
+    )
+    return keep, src, dst
 
 
 def head_mean(keys: Tensor) -> Tensor:

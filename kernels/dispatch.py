@@ -15,6 +15,22 @@ ANY = (*HALF, torch.float32)
 """Types of the kernels that only move, add or rank."""
 
 
+def as_op(x: Tensor, dtypes: tuple[torch.dtype, ...] = HALF) -> bool:
+    """Whether an operator whose kernel takes `dtypes` is to be called as `vistoken::` operator.
+
+    That is what a compiler or an exported program can hold, but each call of it costs the host
+    several times a launch, so without them the kernel is launched directly. Where there is no
+    kernel the torch operators stay visible: compilers fuse them, and exported programs need nothing
+    of ours.
+    """
+    return torch.compiler.is_compiling() and use_triton(x, dtypes)
+
+
+def trains(*inputs: Tensor | None) -> bool:
+    """Whether autograd follows one of the inputs."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
 def why_not_triton(
     device: torch.device, dtype: torch.dtype, dtypes: tuple[torch.dtype, ...] = HALF
 ) -> str | None:

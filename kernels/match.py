@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vistoken.kernels.dispatch import use_triton
+from vistoken.kernels.dispatch import as_op, trains, use_triton
 from vistoken.kernels.reduce import take
 
 
@@ -41,8 +41,29 @@ def best_match_at(x: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Cosine `[B, S]` and position in `dst` `[B, S]` (the first of equals).
     """
-    if use_triton(x) and not torch.compiler.is_compiling():
-        from vistoken.kernels.triton_signals import best_match_at_triton
+    if trains(x):
+        return best_match(take(x, src), take(x, dst))
+    value, index = (best_match_at_op if as_op(x) else _best_match_at)(x, src, dst)
+    return value, index
 
-        return best_match_at_triton(x, src, dst)
-    return best_match(take(x, src), take(x, dst))
+
+def _best_match_at(x: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
+    if not use_triton(x):
+        return best_match(take(x, src), take(x, dst))
+    from vistoken.kernels.triton_signals import best_match_at_triton
+
+    return best_match_at_triton(x, src, dst)
+
+
+best_match_at_op = torch.library.custom_op(
+    "vistoken::best_match_at",
+    _best_match_at,
+    mutates_args=(),
+    schema="(Tensor x, Tensor src, Tensor dst) -> (Tensor, Tensor)",
+)
+
+
+@best_match_at_op.register_fake
+def _(x: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(src.shape, dtype=wide), src.new_empty(src.shape)

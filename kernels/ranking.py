@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vistoken.kernels.dispatch import ANY, use_triton
+from vistoken.kernels.dispatch import ANY, as_op, use_triton
 
 
 def rank_tokens(score: Tensor, prefix: int) -> Tensor:
@@ -20,11 +20,30 @@ def rank_tokens(score: Tensor, prefix: int) -> Tensor:
     Returns:
         `[B, N]` int64.
     """
-    if use_triton(score, ANY) and not torch.compiler.is_compiling():
-        from vistoken.kernels.triton_ranking import rank_tokens_triton
+    run = rank_tokens_op if as_op(score, ANY) else _rank_tokens
+    order: Tensor = run(score, prefix)
+    return order
 
-        return rank_tokens_triton(score, prefix)
-    return rank_tokens_reference(score, prefix)
+
+def _rank_tokens(score: Tensor, prefix: int) -> Tensor:
+    if not use_triton(score, ANY):
+        return rank_tokens_reference(score, prefix)
+    from vistoken.kernels.triton_ranking import rank_tokens_triton
+
+    return rank_tokens_triton(score, prefix)
+
+
+rank_tokens_op = torch.library.custom_op(
+    "vistoken::rank_tokens",
+    _rank_tokens,
+    mutates_args=(),
+    schema="(Tensor score, SymInt prefix) -> Tensor",
+)
+
+
+@rank_tokens_op.register_fake
+def _(score: Tensor, prefix: int) -> Tensor:
+    return score.new_empty(score.shape, dtype=torch.int64)
 
 
 def rank_tokens_reference(score: Tensor, prefix: int) -> Tensor:

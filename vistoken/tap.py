@@ -180,9 +180,10 @@ class Tap(TorchFunctionMode):
 
 
 def fits_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `biased_attention` can stand in: self-attention, equal heads, no gradient."""
-    alike = q.shape == k.shape == v.shape and all(t.stride(-1) == 1 for t in (q, k, v))
-    return alike and use_triton(q) and not torch.is_grad_enabled()
+    """Whether `biased_attention` can stand in: self-attention, equal heads, one type."""
+    alike = q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype
+    dense = all(t.stride(-1) == 1 for t in (q, k, v))
+    return alike and dense and q.shape[-1] <= 128 and use_triton(q)
 
 
 def _joined_mask(
@@ -213,8 +214,12 @@ def gather_signals(
     k: Tensor,
     bias: Tensor | None,
     scale: float,
+    lse: Tensor | None = None,
 ) -> dict[str, Any]:
-    """The declared signals of one attention call, detached, as keyword arguments of `Features`."""
+    """The declared signals of one attention call, detached, as keyword arguments of `Features`.
+
+    The log-sum-exp `[B, H, N]` of the attention, where at hand, spares a pass over the keys.
+    """
     if k.shape[1] != q.shape[1]:
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     found: dict[str, Any] = {"bias": bias, "scale": scale}
@@ -223,7 +228,7 @@ def gather_signals(
     if Need.CLASS_ROW in needs:
         found["class_row"] = signals.class_row(q[:, :, :class_tokens], k, bias, scale)
     if Need.RECEIVED in needs:
-        found["received"] = signals.received(q, k, bias, scale)
+        found["received"] = signals.received(q, k, bias, scale, lse)
     if Need.ATTENTION in needs:
         found.update(query=q, keys=k)
     return found

@@ -16,10 +16,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vistoken.kernels import (
-    triton_biased_attention, triton_bipartite, triton_chain, triton_ranking, triton_signals,
+    triton_biased_attention, triton_biased_attention_backward, triton_bipartite, triton_chain,
+    triton_ranking, triton_signals,
 )
 KERNELS = {
     "attention": triton_biased_attention._attention,
+    "dq": triton_biased_attention_backward._query_gradient,
+    "dkv": triton_biased_attention_backward._key_gradient,
     "match": triton_bipartite._match,
     "place": triton_bipartite._place_all,
     "match_and_place": triton_bipartite._match_and_place,
@@ -66,6 +69,10 @@ FLOAT = {"partner_ptr": "i32", "alive_ptr": "i1"} | {
         "bias_ptr",
         "value_ptr",
         "lse_ptr",
+        "grad_lse_ptr",
+        "row_sum_ptr",
+        "dbias_ptr",
+        "dalive_ptr",
     )
 }
 CASES = []
@@ -73,6 +80,11 @@ for sized, rows, extra in itertools.product((True, False), (0, 2), (True, False)
     CASES.append(("attention", {"scale2": "fp32"}, {
         "BIASED": sized, "CLASS_TOKENS": rows, "LSE": extra, "ALIVE": extra, "BLOCK_M": 64,
         "BLOCK_N": 32, "D": 64, "BLOCK_D": 64}))  # fmt: skip
+for dim, extra in ((64, True), (64, False), (80, True)):
+    tile = {"OUTER": 64, "INNER": 32, "D": dim, "BLOCK_D": 64 if dim == 64 else 128}
+    flags = {"BIASED": True, "ALIVE": extra, **tile}
+    CASES.append(("dq", {"scale": "fp32"}, {"LSE_GRAD": extra, **flags}))
+    CASES.append(("dkv", {"scale": "fp32"}, {"BIAS_GRAD": extra, "ALIVE_GRAD": extra, **flags}))
 TILE = {"ROWS": 64, "CHUNK": 64}
 HALF = {"HEADS": 6, "D": 64, "BLOCK_D": 64}
 WIDE = {"HEADS": 12, "D": 48, "BLOCK_D": 64}
