@@ -9,6 +9,7 @@ import torch
 
 import vistoken
 from vistoken.api import attachment_of
+from vistoken.patches import unfold_linear
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run with TRITON_INTERPRET=1 where there is no GPU", allow_module_level=True)
@@ -165,3 +166,43 @@ def test_graphs_need_a_gpu():
         pytest.skip("this machine has one")
     with pytest.raises(vistoken.BackendUnavailableError, match="the model is on cpu"):
         vistoken.compile(model, torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("size", [(8, 8), (12, 20)])
+def test_patches_as_a_matrix_product(bias, size):
+    conv = torch.nn.Conv2d(3, 10, (4, 2), (4, 2), bias=bias).double()
+    x = torch.randn(3, 3, *size, dtype=torch.float64)
+    mine = unfold_linear(x, conv.weight, conv.bias)
+    torch.testing.assert_close(mine, conv(x))
+    assert mine.flatten(2).transpose(1, 2).is_contiguous(), "the host flattens without a copy"
+
+
+def test_patch_convolution_is_replaced_only_where_it_is_the_same(chain):
+    model, x = build(), torch.randn(2, 3, 64, 64)
+    conv = model.patch_embed.proj
+    with torch.no_grad():
+        own = conv(x)
+        vistoken.wrap(model, "tome:r=3")
+        torch.testing.assert_close(conv(x), own, rtol=1e-4, atol=1e-4)
+        stand_in = conv.__dict__["forward"]
+        assert stand_in.agreed and stand_in.usable(x)
+        assert not stand_in.usable(x[..., :63]), "a row of half a patch"
+        conv.padding = (1, 1)
+        assert not stand_in.usable(x)
+        conv.padding = (0, 0)
+        stand_in.agreed = dict.fromkeys(stand_in.agreed, False)
+        assert torch.equal(conv(x), own)
+    assert not stand_in.usable(x), "gradients are enabled"
+    vistoken.unwrap(model)
+    assert "forward" not in conv.__dict__
+
+
+@pytest.mark.parametrize("change", [{"padding": (1, 1)}, {"stride": (8, 8)}, {"groups": 1}])
+def test_other_patch_embeddings_keep_their_own_forward(change):
+    model = build()
+    settings = {"kernel_size": 16, "stride": 16, **change}
+    kind = torch.nn.Conv2d if change != {"groups": 1} else type("Mine", (torch.nn.Conv2d,), {})
+    model.patch_embed.proj = kind(3, 64, **settings)
+    vistoken.wrap(model, "tome:r=0")
+    assert "forward" not in model.patch_embed.proj.__dict__

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vistoken import patches
 from vistoken.attach import Attachment
 from vistoken.kernels.biased_attention import biased_attention
 from vistoken.kernels.chain import Slots, add_reduce_norm
@@ -158,15 +159,42 @@ class FusedBlock:
             h = frame.normed[1]
         else:
             h = F.layer_norm(x, x.shape[-1:], *norm_of(owner.norm1))
-        attn_out, signals = attention(owner.attn, h, bias, needs, attachment.shape.cls)
-        branch = F.linear(attn_out, owner.attn.proj.weight, owner.attn.proj.bias)
-        if not step.idle:
+        heads = split_heads(owner.attn, h)
+        side = None
+        if reduces and needs == {Need.KEYS}:
+            frame.features[block] = gather_signals(needs, 0, *heads[:2], bias, owner.attn.scale)
+            side = self.assign_aside(x)
+        attn_out, signals = attend(owner.attn, *heads, bias, needs, attachment.shape.cls)
+        if side is None and not step.idle:
             frame.features[block] = signals
+            if reduces and Need.STREAM not in needs:
+                side = self.assign_aside(x)
+        branch = F.linear(attn_out, owner.attn.proj.weight, owner.attn.proj.bias)
+        if side is not None:
+            torch.cuda.current_stream(x.device).wait_stream(side)
+        del heads, attn_out, signals  # not before: the side stream may have been reading them
         short, h, after = self.reduce(x, branch, state, frame, reduces)
         frame.states[block + 1] = after
         hidden = gelu_linear(h, owner.mlp.fc1)
         branch = F.linear(hidden, owner.mlp.fc2.weight, owner.mlp.fc2.bias)
         return self.finish(short, branch, frame)
+
+    def assign_aside(self, x: Tensor) -> torch.cuda.Stream | None:
+        """While a graph is captured, find the assignment beside attention and projection.
+
+        Matching leaves most of the GPU idle, so in a graph it becomes a branch of its own. Outside
+        a capture a second stream costs more on the host than it saves.
+
+        Returns:
+            The stream to wait for, or None where nothing was done.
+        """
+        if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return None
+        side = torch.cuda.Stream(x.device)
+        side.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(side):
+            self.attachment.assign(self.block, x)
+        return side
 
     def reduce(
         self, x: Tensor, branch: Tensor | None, state: TokenState, frame: Frame, reduces: bool
@@ -214,20 +242,30 @@ class FusedBlock:
         return x
 
 
-def attention(
-    attn: Any, h: Tensor, bias: Tensor | None, needs: frozenset[Need], cls: int
-) -> tuple[Tensor, dict[str, Any]]:
-    """Attention of normed tokens h `[B, N, C]` before its projection, and declared signals."""
+def split_heads(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values `[B, H, N, d]` of normed tokens h `[B, N, C]`, views of one."""
     batch, tokens, _ = h.shape
     qkv = F.linear(h, attn.qkv.weight, attn.qkv.bias)
     q, k, v = qkv.view(batch, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def attend(
+    attn: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    needs: frozenset[Need],
+    cls: int,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Attention before its projection, `[B, N, C]`, and declared signals."""
     rows = cls if Need.CLASS_ROW in needs else 0
     out, row = biased_attention(q, k, v, bias, attn.scale, rows)
-    others = needs - {Need.CLASS_ROW}
-    signals = gather_signals(others, 0, q, k, bias, attn.scale)
+    signals = gather_signals(needs - {Need.CLASS_ROW}, 0, q, k, bias, attn.scale)
     if rows:
         signals["class_row"] = row
-    return out.transpose(1, 2).reshape(batch, tokens, -1), signals
+    return out.transpose(1, 2).flatten(2), signals
 
 
 def plus(x: Tensor, branch: Tensor | None, gamma: Tensor | None) -> Tensor:
@@ -305,6 +343,7 @@ def bind(attachment: Attachment) -> None:
     if reason is None:
         for index, block in enumerate(attachment.blocks):
             block.__dict__["forward"] = FusedBlock(attachment, index)
+        patches.bind(attachment, TOLERANCE)
 
 
 def describe(attachment: Attachment) -> str:
@@ -322,6 +361,7 @@ def describe(attachment: Attachment) -> str:
 
 def unbind(attachment: Attachment) -> None:
     """Take the chain off again."""
+    patches.unbind(attachment)
     for block in attachment.blocks:
         if isinstance(block.__dict__.get("forward"), FusedBlock):
             del block.__dict__["forward"]
@@ -342,7 +382,7 @@ def agrees(attachment: Attachment, x: Tensor) -> bool:
     finally:
         attachment.inert = False
     h = F.layer_norm(tokens, tokens.shape[-1:], *norm_of(owner.norm1))
-    out, _ = attention(owner.attn, h, None, frozenset(), 0)
+    out, _ = attend(owner.attn, *split_heads(owner.attn, h), None, frozenset(), 0)
     branch = F.linear(out, owner.attn.proj.weight, owner.attn.proj.bias)
     gamma = layer_scale(owner, "ls1")
     short, h, _ = add_reduce_norm(tokens, branch, gamma, None, None, norm_of(owner.norm2))
