@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,8 @@ def _timm(
     """A timm model with the transform of its weights."""
     import timm
     from timm.data import create_transform, resolve_data_config
+
+    import_module("vistoken.models.dinat")  # registers our own models with timm
 
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)

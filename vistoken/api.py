@@ -189,7 +189,7 @@ def flops(
     """Cost of one image in G multiply-accumulates, the papers' convention.
 
     Args:
-        model: a supported model, wrapped or not.
+        model: a supported model, wrapped or not, or one of `vistoken.models` that counts itself.
         method: the method to count with; None counts the one the model is wrapped with, or the
             dense model.
         image_size: side, or (height, width), in pixels; None is the model's default.
@@ -197,6 +197,9 @@ def flops(
     Raises:
         UnsupportedBackboneError: no supported vision transformer is in the model.
     """
+    own = getattr(model, "macs", None)
+    if callable(own) and method is None:
+        return float(own(image_size)) / 1e9
     backbone = find(model)
     shape = backbone.shape.at(grid_at(backbone.host, backbone.spec, image_size))
     if method is None:
