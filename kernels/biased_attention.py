@@ -117,7 +117,8 @@ def _biased_attention(
         out, row, norm = biased_attention_reference(
             q, k, v, bias, scale, class_tokens, alive, return_lse
         )
-        row, norm = (q.new_empty(0, dtype=wide) if t is None else t for t in (row, norm))
+        row = q.new_empty(0, dtype=wide) if row is None else row
+        norm = norm if return_lse and norm is not None else q.new_empty(0, dtype=wide)
         return out.transpose(1, 2).contiguous().transpose(1, 2), row, norm
     from vistoken.kernels.triton_biased_attention import biased_attention_triton
 

@@ -63,6 +63,45 @@ def merge(
     return out.to(x.dtype)
 
 
+def slot_of(keep: Tensor, src: Tensor | None, dst: Tensor | None, tokens: int) -> Tensor:
+    """The slot that every token went into, `[B, tokens]`; -1 where it went nowhere."""
+    slots = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+    parent = keep.new_full((keep.shape[0], tokens), -1).scatter(1, keep, slots)
+    return parent if src is None or dst is None else parent.scatter(1, src, dst)
+
+
+def merge_gradient(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    keep: Tensor,
+    src: Tensor,
+    dst: Tensor,
+    weight: Tensor | None = None,
+    normalize: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `merge` to x and weight, given that of its result y `[B, M, C]`.
+
+    Every token feeds one slot at most, so they are gathered, never added up.
+
+    Returns:
+        `[B, N, C]` in fp32 (fp64 for fp64), and `[B, N]` or None without a weight.
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    parent = slot_of(keep, src, dst, x.shape[1])
+    fed, slot = parent >= 0, parent.clamp_min(0)
+    spread = take(grad, slot).to(wide) * fed[..., None]
+    share = spread.new_ones(parent.shape) if weight is None else weight.to(wide)
+    if normalize:
+        total = add_into(take(share, keep), dst, take(share, src))
+        spread = spread / take(total, slot)[..., None]
+    to_weight = None
+    if weight is not None:
+        excess = x.to(wide) - take(y, slot).to(wide) if normalize else x.to(wide)
+        to_weight = (spread * excess).sum(-1)
+    return spread * share[..., None], to_weight
+
+
 def largest_norm(x: Tensor, keep: Tensor, src: Tensor, dst: Tensor) -> Tensor:
     """Largest Euclidean norm among the members of each slot, `[B, M]` in fp32 or fp64."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
