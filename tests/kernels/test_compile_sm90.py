@@ -79,7 +79,7 @@ CASES = []
 for sized, rows, extra in itertools.product((True, False), (0, 2), (True, False)):
     CASES.append(("attention", {"scale2": "fp32"}, {
         "BIASED": sized, "CLASS_TOKENS": rows, "LSE": extra, "ALIVE": extra, "BLOCK_M": 64,
-        "BLOCK_N": 32, "D": 64, "BLOCK_D": 64}))  # fmt: skip
+        "BLOCK_N": 32, "PEEL": extra, "D": 64, "BLOCK_D": 64}))  # fmt: skip
 for dim, extra in ((64, True), (64, False), (80, True)):
     tile = {"OUTER": 64, "INNER": 32, "D": dim, "BLOCK_D": 64 if dim == 64 else 128}
     flags = {"BIASED": True, "ALIVE": extra, **tile}

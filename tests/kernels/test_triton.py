@@ -31,7 +31,11 @@ def heads(batch, tokens, count, dim, seed=0):
     return draw(batch, tokens, 3, count, dim, seed=seed).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-@pytest.mark.parametrize("shape", [(2, 197, 3, 64), (1, 33, 2, 48), (2, 64, 1, 32), (1, 5, 2, 24)])
+SHAPES = [(2, 197, 3, 64), (1, 33, 2, 48), (2, 64, 1, 32), (1, 5, 2, 24), (1, 80, 1, 80),
+          (1, 272, 1, 64), (1, 321, 1, 64)]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("sized", [True, False])
 @pytest.mark.parametrize("rows", [0, 1, 2])
 def test_attention(shape, sized, rows):
@@ -50,7 +54,16 @@ def test_attention(shape, sized, rows):
         torch.testing.assert_close(row.double(), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(2, 197, 3, 64), (1, 33, 2, 48), (2, 64, 1, 32), (1, 5, 2, 24)])
+def test_attention_takes_sizes_too():
+    q, k, v = heads(2, 70, 2, 32)
+    size = torch.randint(1, 9, (2, 70), device=DEVICE).float()
+    by_size, row = biased_attention_triton(q, k, v, size, 0.2, 1, sizes=True)
+    by_log, other = biased_attention_triton(q, k, v, size.log(), 0.2, 1)
+    torch.testing.assert_close(by_size, by_log)
+    torch.testing.assert_close(row, other)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("masked", [True, False])
 def test_attention_gives_the_normalizer_and_hides_dead_keys(shape, masked):
     q, k, v = heads(*shape)
