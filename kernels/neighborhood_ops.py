@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from vistoken.kernels import neighborhood_reference as reference
+from vistoken.kernels.dispatch import ANY, use_triton
 from vistoken.kernels.neighborhood_windows import Neighborhood
+
+MAX_DIM = 256
+"""Widest head that the Triton kernels take."""
+
+
+def triton_runs(q: Tensor, v: Tensor) -> bool:
+    """Whether the Triton kernels take these tensors; the reference takes all."""
+    return use_triton(q, ANY) and q.shape[-1] == v.shape[-1] <= MAX_DIM and q.numel() > 0
 
 
 def _hood(
@@ -34,8 +43,11 @@ def neighborhood(
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, *grid, H, Dv]` and lse `[B, *grid, H]`; see `vistoken.kernels.neighborhood`."""
     hood = _hood(window, stride, dilation, causal)
-    out, lse = reference.forward(q, k, v, hood, scale, extra_k, extra_v, rpb)
-    return out, lse
+    if triton_runs(q, v):
+        from vistoken.kernels import triton_neighborhood
+
+        return triton_neighborhood.forward(q, k, v, hood, scale, extra_k, extra_v, rpb)
+    return reference.forward(q, k, v, hood, scale, extra_k, extra_v, rpb)
 
 
 @neighborhood.register_fake
@@ -64,9 +76,13 @@ def neighborhood_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, extra_k, extra_v and rpb; empty for those that were not given."""
     hood = _hood(window, stride, dilation, causal)
-    grads = reference.backward(
-        grad, grad_lse, q, k, v, out, lse, hood, scale, extra_k, extra_v, rpb
-    )
+    given = (grad, grad_lse, q, k, v, out, lse, hood, scale, extra_k, extra_v, rpb)
+    if triton_runs(q, v):
+        from vistoken.kernels import triton_neighborhood_gradients
+
+        grads = triton_neighborhood_gradients.backward(*given)
+    else:
+        grads = reference.backward(*given)
     dq, dk, dv, dek, dev, drpb = (q.new_empty(0) if g is None else g for g in grads)
     return dq, dk, dv, dek, dev, drpb
 

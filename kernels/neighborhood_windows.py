@@ -36,7 +36,7 @@ class Neighborhood:
 
 def per_axis(name: str, value: Any, rank: int, kind: type) -> tuple[Any, ...]:
     """One value for every axis, from one value or a sequence of `rank`."""
-    values = (value,) * rank if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * rank
     if len(values) != rank:
         raise ConfigError(f"{name} has {len(values)} entries, but the grid has {rank} axes")
     for entry in values:
@@ -98,11 +98,23 @@ def inverse_bounds(
 
     Window bounds never fall from one query to the next, so these queries are an interval.
     """
-    low, high = [0] * length, [0] * length
-    starts, ends = window_bounds(length, window, stride, causal)
-    for i in range(length):
-        for j in range(starts[i], ends[i]):
-            if high[j] == 0:
-                low[j] = i
-            high[j] = i + 1
+    low, high = [], []
+    groups = -(-length // stride)
+    for j in range(length):
+        if causal:
+            low.append(j)
+            high.append(length if j + window >= length else (j + window) // stride * stride)
+            continue
+        middle = j + window // 2
+        first = max(j - window + 1 + window // 2 - stride // 2, 0)
+        low.append(0 if j < window else stride * min(-(-first // stride), groups - 1))
+        last = min(stride * ((middle - stride // 2) // stride + 1), length)
+        high.append(length if j >= length - window or middle >= length - 1 else last)
     return tuple(low), tuple(high)
+
+
+@lru_cache(maxsize=4096)
+def span(length: int, side: int, window: int, stride: int, causal: bool, inverse: bool) -> int:
+    """Longest side of the boxes that tiles of `side` rows relate to."""
+    low, high = (inverse_bounds if inverse else window_bounds)(length, window, stride, causal)
+    return max(high[min(at + side, length) - 1] - low[at] for at in range(0, length, side))

@@ -1,0 +1,136 @@
+"""Tiles of the neighborhood kernels: measured ones for known problems, a cost rule for the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from typing import Literal
+
+from vistoken.kernels.neighborhood_windows import Neighborhood, group_length, span
+
+Pass = Literal["forward", "query", "key"]
+"""Forward, gradient of the queries, gradient of the keys and values."""
+
+Sides = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sides of a program's own tile and of the tiles it walks, x, y, z; size 1 on unused axes."""
+
+    own: Sides
+    walk: Sides
+    warps: int = 4
+    stages: int = 2
+    head_first: bool = False
+    """Programs of neighboring numbers work on neighboring heads, not on neighboring tiles."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the block that holds the own tile."""
+        return block(self.own)
+
+    @property
+    def columns(self) -> int:
+        """Rows of the block that holds a walked tile."""
+        return block(self.walk)
+
+
+def block(sides: Sides) -> int:
+    """The power of two, 16 at least, that holds a tile."""
+    return max(16, 1 << (math.prod(sides) - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the choice of a tile depends on; axes x, y, z, with size 1 where unused."""
+
+    lengths: Sides
+    window: Sides
+    stride: Sides
+    dilation: Sides
+    causal: tuple[bool, bool, bool]
+    rank: int
+    dim: int
+    bytes: int
+
+    def box(self, sides: Sides, inverse: bool) -> Sides:
+        """Largest box that a tile relates to, over all dilation groups."""
+        x, y, z = (
+            max(
+                span(group_length(n, d, r), t, w, s, c, inverse)
+                for r in {0, d - 1}
+            )
+            for n, d, t, w, s, c in zip(
+                self.lengths, self.dilation, sides, self.window, self.stride, self.causal,
+                strict=True,
+            )
+        )  # fmt: skip
+        return x, y, z
+
+
+def shape_of(grid: tuple[int, ...], hood: Neighborhood, dim: int, bytes_: int) -> Shape:
+    """The problem on three axes, the unused ones in front."""
+
+    def three(values: tuple[int, ...]) -> Sides:
+        x, y, z = (1,) * (3 - len(values)) + tuple(values)
+        return x, y, z
+
+    x, y, z = (False,) * (3 - len(grid)) + hood.causal
+    return Shape(
+        three(grid), three(hood.window), three(hood.stride), three(hood.dilation), (x, y, z),
+        len(grid), dim, bytes_,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def choose(shape: Shape, kind: Pass) -> Tile:
+    """The tile of a problem."""
+    return min(candidates(shape, kind), key=lambda tile: cost(shape, kind, tile))
+
+
+def candidates(shape: Shape, kind: Pass) -> Iterator[Tile]:
+    """Tiles worth a look."""
+    narrow = 64 if shape.bytes == 2 else 32
+    largest = [group_length(n, d, 0) for n, d in zip(shape.lengths, shape.dilation, strict=True)]
+    sizes = [1, 2, 4, 7, 8, 14, 16, 32, 64]
+    axes = [
+        [1] if n == 1 else sorted({min(n, size) for size in sizes})
+        for n in largest
+    ]  # fmt: skip
+    for own in product(*axes):
+        tile = own[0], own[1], own[2]
+        if not narrow // 2 < math.prod(tile) <= narrow and math.prod(largest) > math.prod(tile):
+            continue
+        if math.prod(tile) > narrow:
+            continue
+        box = shape.box(tile, kind == "key")
+        for columns in (narrow // 2, narrow):
+            for walk in walks(box, columns, shape.rank):
+                yield Tile(tile, walk, 4 if shape.dim <= 64 else 8, 2)
+
+
+def walks(box: Sides, columns: int, rank: int) -> Iterator[Sides]:
+    """Walked tiles of at most `columns` rows: whole lines of the box, or equal parts of them."""
+    for parts in range(1, box[2] + 1):
+        z = -(-box[2] // parts)
+        if z > columns:
+            continue
+        for y in {min(columns // z, box[1]), min(max(1, columns // (2 * z)), box[1])}:
+            x = min(columns // (y * z), box[0]) if rank == 3 else 1
+            if rank < 2 or x + y + z <= 31:
+                yield x, y, z
+        if parts > 1 and z <= 4:
+            return
+
+
+def cost(shape: Shape, kind: Pass, tile: Tile) -> float:
+    """Work of a whole grid in multiply-adds per head-dim; a step and a tile have a fixed part."""
+    box = shape.box(tile.own, kind == "key")
+    steps = math.prod(-(-b // w) for b, w in zip(box, tile.walk, strict=True))
+    lengths = (group_length(n, d, 0) for n, d in zip(shape.lengths, shape.dilation, strict=True))
+    tiles = math.prod(-(-n // t) for n, t in zip(lengths, tile.own, strict=True))
+    return tiles * (steps * (tile.columns + 16) * (tile.rows + 16) + 4096)

@@ -1,0 +1,182 @@
+"""Fused neighborhood attention: a program keeps a tile of queries and walks the box of its keys.
+
+Softmax runs online in powers of two; the scale joins the exponent, so besides the exponential a
+score costs one test of its mask bits and one fused multiply-add.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vistoken.kernels.neighborhood_tiles import Tile
+from vistoken.kernels.neighborhood_windows import Neighborhood
+from vistoken.kernels.triton_neighborhood_geometry import (
+    bounds,
+    box,
+    column_word,
+    coordinates,
+    load_rows,
+    members,
+    place,
+    related,
+    step,
+    store_rows,
+)
+from vistoken.kernels.triton_neighborhood_launch import (
+    LOG2E,
+    SIZES,
+    extras,
+    plan,
+    rows_packed,
+    strides,
+    wide,
+)
+
+
+@triton.jit
+def online(score, top, total, acc, v, gain, PRECISION: tl.constexpr):
+    """One step of the softmax; masked scores are minus infinity, `top` never is."""
+    new_top = tl.maximum(top, tl.max(score, 1))
+    p = tl.exp2(score * gain - (new_top * gain)[:, None])
+    fade = tl.exp2((top - new_top) * gain)
+    total = total * fade + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    return new_top, total, acc
+
+
+@triton.jit(do_not_specialize=[*SIZES, "extra", "group"])
+def _forward(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, extra_k_ptr, extra_v_ptr, rpb_ptr,
+    sqb, sqx, sqy, sqz, sqh, skb, skx, sky, skz, skh, svb, svx, svy, svz, svh,
+    seb, sen, seh, sfb, sfn, sfh,
+    nx, ny, nz, wx, wy, wz, jx, jy, jz, dx, dy, dz, tx, ty, tz, heads, group, extra, scale2,
+    RANK: tl.constexpr, CX: tl.constexpr, CY: tl.constexpr, CZ: tl.constexpr,
+    STRIDED: tl.constexpr, DILATED: tl.constexpr, EXTRA: tl.constexpr, RPB: tl.constexpr,
+    TX: tl.constexpr, TY: tl.constexpr, TZ: tl.constexpr, BM: tl.constexpr,
+    KX: tl.constexpr, KY: tl.constexpr, KZ: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ONE_BAND: tl.constexpr, WIDE: tl.constexpr,
+    HEAD_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    b, h, rx, ry, rz, ix, iy, iz = place(heads, dx, dy, dz, tx, ty, tz, DILATED, RANK, HEAD_FIRST)
+    lx, ly, lz = (
+        members(nx, dx, rx, DILATED),
+        members(ny, dy, ry, DILATED),
+        members(nz, dz, rz, DILATED),
+    )
+    x0, y0, z0 = ix * TX, iy * TY, iz * TZ
+    if DILATED:  # noqa: SIM102 (a constexpr condition must stand alone)
+        if (x0 >= lx) | (y0 >= ly) | (z0 >= lz):
+            return
+    dims = tl.arange(0, BLOCK_D)
+    px, py, pz = coordinates(tl.arange(0, BM), TX, TY, TZ, BM)
+    px, py, pz = px + x0, py + y0, pz + z0
+    inside = (px < lx) & (py < ly) & (pz < lz)
+    px, py, pz = tl.minimum(px, lx - 1), tl.minimum(py, ly - 1), tl.minimum(pz, lz - 1)
+    low_x, high_x = bounds(px, lx, wx, jx, CX, STRIDED, False)
+    low_y, high_y = bounds(py, ly, wy, jy, CY, STRIDED, False)
+    low_z, high_z = bounds(pz, lz, wz, jz, CZ, STRIDED, False)
+    bx, ex = box(x0, lx, wx, jx, TX, CX, STRIDED, False)
+    by, ey = box(y0, ly, wy, jy, TY, CY, STRIDED, False)
+    bz, ez = box(z0, lz, wz, jz, TZ, CZ, STRIDED, False)
+    steps_y, steps_z = tl.cdiv(ey - by, KY), tl.cdiv(ez - bz, KZ)
+    steps = tl.cdiv(ex - bx, KX) * steps_y * steps_z
+
+    gx, gy, gz = px, py, pz
+    if DILATED:
+        gx, gy, gz = px * dx + rx, py * dy + ry, pz * dz + rz
+    row = (((b * nx + gx) * ny + gy) * nz + gz) * heads + h
+    q = load_rows(
+        q_ptr + b * sqb + h * sqh,
+        gx.to(tl.int64) * sqx + gy * sqy + gz * sqz,
+        inside,
+        dims,
+        D,
+        BLOCK_D,
+    )
+    hk = h // group
+    k_ptr += b * skb + hk * skh + rx * skx + ry * sky + rz * skz
+    v_ptr += b * svb + hk * svh + rx * svx + ry * svy + rz * svz
+    if DILATED:
+        skx, sky, skz = skx * dx, sky * dy, skz * dz
+        svx, svy, svz = svx * dx, svy * dy, svz * dz
+    cx, cy, cz = coordinates(tl.arange(0, BN), KX, KY, KZ, BN)
+    bits = column_word(cx, cy, cz, KX, KY, KZ, RANK)
+    if WIDE:
+        bx, by, bz = bx.to(tl.int64), by.to(tl.int64), bz.to(tl.int64)
+    k_offset, v_offset = cx * skx + cy * sky + cz * skz, cx * svx + cy * svy + cz * svz
+    table_y, table_z = 2 * wy - 1, 2 * wz - 1
+    if RPB:
+        rpb_ptr += h * (2 * wx - 1) * table_y * table_z
+        own = ((px - wx + 1) * table_y + py - wy + 1) * table_z + pz - wz + 1
+        column = (cx * table_y + cy) * table_z + cz
+    gain = 1.0 if RPB else scale2
+
+    top = tl.full([BM], -1.0e30, tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BLOCK_D], tl.float32)
+    if EXTRA > 0:
+        extra_k_ptr += b * seb + hk * seh
+        extra_v_ptr += b * sfb + hk * sfh
+        for start in range(0, extra, EXTRA):
+            at = start + tl.arange(0, EXTRA)
+            k = load_rows(extra_k_ptr, at * sen, at < extra, dims, D, BLOCK_D)
+            v = load_rows(extra_v_ptr, at * sfn, at < extra, dims, D, BLOCK_D)
+            score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            if RPB:
+                score *= scale2
+            score = tl.where((at < extra)[None, :], score, float("-inf"))
+            top, total, acc = online(score, top, total, acc, v, gain, PRECISION)
+    for t in range(0, steps):
+        ox, oy, oz = step(t, bx, by, bz, steps_y, steps_z, KX, KY, KZ, RANK, ONE_BAND)
+        seen = (cx < ex - ox) & (cy < ey - oy) & (cz < ez - oz)
+        k = load_rows(k_ptr + ox * skx + oy * sky + oz * skz, k_offset, seen, dims, D, BLOCK_D)
+        score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        ok = related(low_x, high_x, low_y, high_y, low_z, high_z, ox, oy, oz, cx, cy, cz, bits,
+                     KX, KY, KZ, RANK)  # fmt: skip
+        if RPB:
+            at = (ox * table_y + oy) * table_z + oz + column
+            bias = tl.load(rpb_ptr + (at[None, :] - own[:, None]), mask=ok, other=0.0)
+            score = score * scale2 + bias.to(tl.float32) * 1.4426950408889634
+        score = tl.where(ok, score, float("-inf"))
+        v = load_rows(v_ptr + ox * svx + oy * svy + oz * svz, v_offset, seen, dims, D, BLOCK_D)
+        top, total, acc = online(score, top, total, acc, v, gain, PRECISION)
+    store_rows(out_ptr, row * D, inside, dims, acc / total[:, None], D, BLOCK_D)
+    tl.store(lse_ptr + row, (top * gain + tl.log2(total)) * 0.6931471805599453, mask=inside)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    hood: Neighborhood,
+    scale: float,
+    extra_k: Tensor | None = None,
+    extra_v: Tensor | None = None,
+    rpb: Tensor | None = None,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `vistoken.kernels.neighborhood_reference.forward`; `tile` overrides the choice."""
+    q, k, v = rows_packed(q), rows_packed(k), rows_packed(v)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    launch = plan(q, hood, "forward", tile)
+    extra_k = None if extra_k is None else rows_packed(extra_k)
+    extra_v = None if extra_v is None else rows_packed(extra_v)
+    count = 0 if extra_k is None else extra_k.shape[1]
+    heads = q.shape[-2]
+    _forward[(launch.programs * q.shape[0] * heads,)](
+        q, k, v, out, lse, q if extra_k is None else extra_k, q if extra_v is None else extra_v,
+        q if rpb is None else rpb.contiguous(),
+        *strides(q), *strides(k), *strides(v), *extras(extra_k), *extras(extra_v),
+        *launch.sizes, heads, heads // k.shape[-2], count, scale * LOG2E,
+        EXTRA=extra_block(count), RPB=rpb is not None, WIDE=wide(q, k, v), **launch.constants,
+    )  # fmt: skip
+    return out, lse
+
+
+def extra_block(count: int) -> int:
+    """Rows of a block of extra tokens."""
+    return 0 if count == 0 else min(64, max(16, triton.next_power_of_2(count)))

@@ -1,0 +1,235 @@
+"""Gradients of neighborhood attention: two passes, each sums its own rows, so no atomics.
+
+The first pass keeps a tile of queries and walks their keys; it also leaves `delta`, the row sums of
+`grad * out` less the gradient of lse. The second keeps a tile of keys and walks the queries that
+attend them, which form a box as well. Every sum has a fixed order: gradients repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vistoken.kernels.triton_neighborhood_geometry import (
+    bounds,
+    box,
+    column_word,
+    coordinates,
+    load_rows,
+    members,
+    place,
+    related,
+    step,
+    store_rows,
+)
+from vistoken.kernels.triton_neighborhood_launch import SIZES
+
+
+@triton.jit(do_not_specialize=[*SIZES, "extra", "group"])
+def _query(
+    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, grad_lse_ptr, delta_ptr, dq_ptr,
+    extra_k_ptr, extra_v_ptr, rpb_ptr,
+    sqb, sqx, sqy, sqz, sqh, skb, skx, sky, skz, skh, svb, svx, svy, svz, svh,
+    sgb, sgx, sgy, sgz, sgh, seb, sen, seh, sfb, sfn, sfh,
+    nx, ny, nz, wx, wy, wz, jx, jy, jz, dx, dy, dz, tx, ty, tz, heads, group, extra, scale, scale2,
+    RANK: tl.constexpr, CX: tl.constexpr, CY: tl.constexpr, CZ: tl.constexpr,
+    STRIDED: tl.constexpr, DILATED: tl.constexpr, EXTRA: tl.constexpr, RPB: tl.constexpr,
+    GRAD_LSE: tl.constexpr,
+    TX: tl.constexpr, TY: tl.constexpr, TZ: tl.constexpr, BM: tl.constexpr,
+    KX: tl.constexpr, KY: tl.constexpr, KZ: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ONE_BAND: tl.constexpr, WIDE: tl.constexpr,
+    HEAD_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    b, h, rx, ry, rz, ix, iy, iz = place(heads, dx, dy, dz, tx, ty, tz, DILATED, RANK, HEAD_FIRST)
+    lx, ly = members(nx, dx, rx, DILATED), members(ny, dy, ry, DILATED)
+    lz = members(nz, dz, rz, DILATED)
+    x0, y0, z0 = ix * TX, iy * TY, iz * TZ
+    if DILATED:  # noqa: SIM102 (a constexpr condition must stand alone)
+        if (x0 >= lx) | (y0 >= ly) | (z0 >= lz):
+            return
+    dims = tl.arange(0, BLOCK_D)
+    px, py, pz = coordinates(tl.arange(0, BM), TX, TY, TZ, BM)
+    px, py, pz = px + x0, py + y0, pz + z0
+    inside = (px < lx) & (py < ly) & (pz < lz)
+    px, py, pz = tl.minimum(px, lx - 1), tl.minimum(py, ly - 1), tl.minimum(pz, lz - 1)
+    low_x, high_x = bounds(px, lx, wx, jx, CX, STRIDED, False)
+    low_y, high_y = bounds(py, ly, wy, jy, CY, STRIDED, False)
+    low_z, high_z = bounds(pz, lz, wz, jz, CZ, STRIDED, False)
+    bx, ex = box(x0, lx, wx, jx, TX, CX, STRIDED, False)
+    by, ey = box(y0, ly, wy, jy, TY, CY, STRIDED, False)
+    bz, ez = box(z0, lz, wz, jz, TZ, CZ, STRIDED, False)
+    steps_y, steps_z = tl.cdiv(ey - by, KY), tl.cdiv(ez - bz, KZ)
+    steps = tl.cdiv(ex - bx, KX) * steps_y * steps_z
+
+    gx, gy, gz = px, py, pz
+    if DILATED:
+        gx, gy, gz = px * dx + rx, py * dy + ry, pz * dz + rz
+    row = (((b * nx + gx) * ny + gy) * nz + gz) * heads + h
+    gx = gx.to(tl.int64)
+    offset = gx * sqx + gy * sqy + gz * sqz
+    q = load_rows(q_ptr + b * sqb + h * sqh, offset, inside, dims, D, BLOCK_D)
+    offset = gx * sgx + gy * sgy + gz * sgz
+    grad = load_rows(grad_ptr + b * sgb + h * sgh, offset, inside, dims, D, BLOCK_D)
+    out = load_rows(out_ptr, row * D, inside, dims, D, BLOCK_D)
+    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    if GRAD_LSE:
+        delta -= tl.load(grad_lse_ptr + row, mask=inside, other=0.0)
+    tl.store(delta_ptr + row, delta, mask=inside)
+    norm = tl.load(lse_ptr + row, mask=inside, other=0.0) * 1.4426950408889634
+
+    hk = h // group
+    k_ptr += b * skb + hk * skh + rx * skx + ry * sky + rz * skz
+    v_ptr += b * svb + hk * svh + rx * svx + ry * svy + rz * svz
+    if DILATED:
+        skx, sky, skz = skx * dx, sky * dy, skz * dz
+        svx, svy, svz = svx * dx, svy * dy, svz * dz
+    cx, cy, cz = coordinates(tl.arange(0, BN), KX, KY, KZ, BN)
+    bits = column_word(cx, cy, cz, KX, KY, KZ, RANK)
+    if WIDE:
+        bx, by, bz = bx.to(tl.int64), by.to(tl.int64), bz.to(tl.int64)
+    k_offset, v_offset = cx * skx + cy * sky + cz * skz, cx * svx + cy * svy + cz * svz
+    table_y, table_z = 2 * wy - 1, 2 * wz - 1
+    if RPB:
+        rpb_ptr += h * (2 * wx - 1) * table_y * table_z
+        own = ((px - wx + 1) * table_y + py - wy + 1) * table_z + pz - wz + 1
+        column = (cx * table_y + cy) * table_z + cz
+
+    dq = tl.zeros([BM, BLOCK_D], tl.float32)
+    if EXTRA > 0:
+        extra_k_ptr += b * seb + hk * seh
+        extra_v_ptr += b * sfb + hk * sfh
+        for start in range(0, extra, EXTRA):
+            at = start + tl.arange(0, EXTRA)
+            k = load_rows(extra_k_ptr, at * sen, at < extra, dims, D, BLOCK_D)
+            v = load_rows(extra_v_ptr, at * sfn, at < extra, dims, D, BLOCK_D)
+            score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            score = tl.where((at < extra)[None, :], score * scale2, float("-inf"))
+            p = tl.exp2(score - norm[:, None])
+            dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+            ds = (p * (dp - delta[:, None])).to(k.dtype)
+            dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+    for t in range(0, steps):
+        ox, oy, oz = step(t, bx, by, bz, steps_y, steps_z, KX, KY, KZ, RANK, ONE_BAND)
+        seen = (cx < ex - ox) & (cy < ey - oy) & (cz < ez - oz)
+        k = load_rows(k_ptr + ox * skx + oy * sky + oz * skz, k_offset, seen, dims, D, BLOCK_D)
+        score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        ok = related(low_x, high_x, low_y, high_y, low_z, high_z, ox, oy, oz, cx, cy, cz, bits,
+                     KX, KY, KZ, RANK)  # fmt: skip
+        v = load_rows(v_ptr + ox * svx + oy * svy + oz * svz, v_offset, seen, dims, D, BLOCK_D)
+        dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        score = score * scale2 - norm[:, None]
+        if RPB:
+            at = (ox * table_y + oy) * table_z + oz + column
+            bias = tl.load(rpb_ptr + (at[None, :] - own[:, None]), mask=ok, other=0.0)
+            score += bias.to(tl.float32) * 1.4426950408889634
+        p = tl.exp2(tl.where(ok, score, float("-inf")))
+        ds = (p * (dp - delta[:, None])).to(k.dtype)
+        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+    store_rows(dq_ptr, row * D, inside, dims, dq * scale, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _key(
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, rpb_ptr,
+    sqb, sqx, sqy, sqz, sqh, skb, skx, sky, skz, skh, svb, svx, svy, svz, svh,
+    sgb, sgx, sgy, sgz, sgh,
+    nx, ny, nz, wx, wy, wz, jx, jy, jz, dx, dy, dz, tx, ty, tz, heads, group, scale, scale2,
+    RANK: tl.constexpr, CX: tl.constexpr, CY: tl.constexpr, CZ: tl.constexpr,
+    STRIDED: tl.constexpr, DILATED: tl.constexpr, RPB: tl.constexpr, GROUPED: tl.constexpr,
+    TX: tl.constexpr, TY: tl.constexpr, TZ: tl.constexpr, BM: tl.constexpr,
+    KX: tl.constexpr, KY: tl.constexpr, KZ: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ONE_BAND: tl.constexpr, WIDE: tl.constexpr,
+    HEAD_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    b, hk, rx, ry, rz, ix, iy, iz = place(
+        heads // group, dx, dy, dz, tx, ty, tz, DILATED, RANK, HEAD_FIRST
+    )
+    lx, ly = members(nx, dx, rx, DILATED), members(ny, dy, ry, DILATED)
+    lz = members(nz, dz, rz, DILATED)
+    x0, y0, z0 = ix * TX, iy * TY, iz * TZ
+    if DILATED:  # noqa: SIM102 (a constexpr condition must stand alone)
+        if (x0 >= lx) | (y0 >= ly) | (z0 >= lz):
+            return
+    dims = tl.arange(0, BLOCK_D)
+    px, py, pz = coordinates(tl.arange(0, BM), TX, TY, TZ, BM)
+    px, py, pz = px + x0, py + y0, pz + z0
+    inside = (px < lx) & (py < ly) & (pz < lz)
+    px, py, pz = tl.minimum(px, lx - 1), tl.minimum(py, ly - 1), tl.minimum(pz, lz - 1)
+    low_x, high_x = bounds(px, lx, wx, jx, CX, STRIDED, True)
+    low_y, high_y = bounds(py, ly, wy, jy, CY, STRIDED, True)
+    low_z, high_z = bounds(pz, lz, wz, jz, CZ, STRIDED, True)
+    bx, ex = box(x0, lx, wx, jx, TX, CX, STRIDED, True)
+    by, ey = box(y0, ly, wy, jy, TY, CY, STRIDED, True)
+    bz, ez = box(z0, lz, wz, jz, TZ, CZ, STRIDED, True)
+    steps_y, steps_z = tl.cdiv(ey - by, KY), tl.cdiv(ez - bz, KZ)
+    steps = tl.cdiv(ex - bx, KX) * steps_y * steps_z
+
+    gx, gy, gz = px, py, pz
+    if DILATED:
+        gx, gy, gz = px * dx + rx, py * dy + ry, pz * dz + rz
+    row = (((b * nx + gx) * ny + gy) * nz + gz) * (heads // group) + hk
+    gx = gx.to(tl.int64)
+    offset = gx * skx + gy * sky + gz * skz
+    k = load_rows(k_ptr + b * skb + hk * skh, offset, inside, dims, D, BLOCK_D)
+    offset = gx * svx + gy * svy + gz * svz
+    v = load_rows(v_ptr + b * svb + hk * svh, offset, inside, dims, D, BLOCK_D)
+
+    first = hk * group
+    q_ptr += b * sqb + first * sqh + rx * sqx + ry * sqy + rz * sqz
+    grad_ptr += b * sgb + first * sgh + rx * sgx + ry * sgy + rz * sgz
+    corner = (((b * nx + rx) * ny + ry) * nz + rz) * heads + first
+    lse_ptr += corner
+    delta_ptr += corner
+    srx, sry, srz = ny * nz * heads, nz * heads, heads
+    if DILATED:
+        sqx, sqy, sqz = sqx * dx, sqy * dy, sqz * dz
+        sgx, sgy, sgz = sgx * dx, sgy * dy, sgz * dz
+        srx, sry, srz = srx * dx, sry * dy, srz * dz
+    cx, cy, cz = coordinates(tl.arange(0, BN), KX, KY, KZ, BN)
+    bits = column_word(cx, cy, cz, KX, KY, KZ, RANK)
+    if WIDE:
+        bx, by, bz = bx.to(tl.int64), by.to(tl.int64), bz.to(tl.int64)
+    q_offset, g_offset = cx * sqx + cy * sqy + cz * sqz, cx * sgx + cy * sgy + cz * sgz
+    r_offset = cx * srx + cy * sry + cz * srz
+    table_y, table_z = 2 * wy - 1, 2 * wz - 1
+    if RPB:
+        rpb_ptr += first * (2 * wx - 1) * table_y * table_z
+        own = ((px + wx - 1) * table_y + py + wy - 1) * table_z + pz + wz - 1
+        column = (cx * table_y + cy) * table_z + cz
+
+    dk = tl.zeros([BM, BLOCK_D], tl.float32)
+    dv = tl.zeros([BM, BLOCK_D], tl.float32)
+    walks = steps
+    if GROUPED:
+        walks = steps * group
+    for walk in range(0, walks):
+        t, g = walk, 0
+        if GROUPED:
+            t, g = walk % steps, walk // steps
+        ox, oy, oz = step(t, bx, by, bz, steps_y, steps_z, KX, KY, KZ, RANK, ONE_BAND)
+        seen = (cx < ex - ox) & (cy < ey - oy) & (cz < ez - oz)
+        q = load_rows(
+            q_ptr + ox * sqx + oy * sqy + oz * sqz + g * sqh, q_offset, seen, dims, D, BLOCK_D
+        )
+        grad = load_rows(
+            grad_ptr + ox * sgx + oy * sgy + oz * sgz + g * sgh, g_offset, seen, dims, D, BLOCK_D
+        )
+        at = ox * srx + oy * sry + oz * srz + g + r_offset
+        norm = tl.load(lse_ptr + at, mask=seen, other=0.0) * 1.4426950408889634
+        delta = tl.load(delta_ptr + at, mask=seen, other=0.0)
+        score = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        ok = related(low_x, high_x, low_y, high_y, low_z, high_z, ox, oy, oz, cx, cy, cz, bits,
+                     KX, KY, KZ, RANK)  # fmt: skip
+        score = score * scale2 - norm[None, :]
+        if RPB:
+            at = (ox * table_y + oy) * table_z + oz + column
+            head = rpb_ptr + g * (2 * wx - 1) * table_y * table_z
+            bias = tl.load(head + (own[:, None] - at[None, :]), mask=ok, other=0.0)
+            score += bias.to(tl.float32) * 1.4426950408889634
+        p = tl.exp2(tl.where(ok, score, float("-inf")))
+        dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        ds = (p * (dp - delta[None, :])).to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+    store_rows(dk_ptr, row * D, inside, dims, dk * scale, D, BLOCK_D)
+    store_rows(dv_ptr, row * D, inside, dims, dv, D, BLOCK_D)

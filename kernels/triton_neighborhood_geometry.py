@@ -1,0 +1,197 @@
+"""Device functions of the neighborhood kernels: who attends whom, where tiles lie.
+
+A program owns a tile of rows of one head (queries; keys where the pass is inverse) and walks the
+box of all rows on the other side that any of its own relates to. The box starts where the first
+window starts, so no row is visited for alignment's sake, and the sides of a tile need not be powers
+of two. What a row relates to in a walked tile fits one 32-bit word: per axis a run of bits. Columns
+carry one bit per axis, so one AND decides a pair.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def bounds(
+    i, length, w, s, CAUSAL: tl.constexpr, STRIDED: tl.constexpr, INVERSE: tl.constexpr
+):  # fmt: skip
+    """Keys `[low, high)` of query i; where inverse, queries `[low, high)` of key i."""
+    if INVERSE and CAUSAL:
+        low = i
+        high = i + w
+        if STRIDED:
+            high = high // s * s
+        high = tl.where(i + w >= length, length, high)
+    elif INVERSE:
+        middle = i + w // 2
+        first = i - w + 1 + w // 2
+        if STRIDED:
+            last_group = (length + s - 1) // s - 1
+            low = s * tl.minimum((tl.maximum(first - s // 2, 0) + s - 1) // s, last_group)
+            high = tl.minimum(s * ((middle - s // 2) // s + 1), length)
+        else:
+            low = tl.minimum(tl.maximum(first, 0), length - 1)
+            high = tl.minimum(middle + 1, length)
+        low = tl.where(i < w, 0, low)
+        high = tl.where((i >= length - w) | (middle >= length - 1), length, high)
+    else:
+        leader = i
+        if STRIDED:
+            if CAUSAL:
+                leader = tl.minimum(i // s * s + s - 1, length - 1)
+            else:
+                leader = tl.minimum(i // s * s + s // 2, length - 1)
+        if CAUSAL:
+            low = tl.maximum(leader - w + 1, 0)
+            high = i + 1
+        else:
+            low = tl.minimum(tl.maximum(leader - w // 2, 0), length - w)
+            high = low + w
+    return low, high
+
+
+@triton.jit
+def box(
+    first, length, w, s, SIDE: tl.constexpr,
+    CAUSAL: tl.constexpr, STRIDED: tl.constexpr, INVERSE: tl.constexpr,
+):  # fmt: skip
+    """One axis of the box that a tile of `SIDE` rows from `first` on relates to."""
+    low, _ = bounds(first, length, w, s, CAUSAL, STRIDED, INVERSE)
+    last = tl.minimum(first + SIDE, length) - 1
+    _, high = bounds(last, length, w, s, CAUSAL, STRIDED, INVERSE)
+    return low, high
+
+
+@triton.jit
+def place(
+    heads, dx, dy, dz, tx, ty, tz, DILATED: tl.constexpr, RANK: tl.constexpr,
+    HEAD_FIRST: tl.constexpr,
+):  # fmt: skip
+    """Batch entry, head, dilation group and tile of this program."""
+    pid = tl.program_id(0)
+    tiles = tx * ty * tz
+    if HEAD_FIRST:
+        h = pid % heads
+        tile = pid // heads % tiles
+    else:
+        tile = pid % tiles
+        h = pid // tiles % heads
+    b = pid // (tiles * heads)
+    rx, ry, rz = 0, 0, 0
+    if DILATED:
+        group = b % (dx * dy * dz)
+        b = b // (dx * dy * dz)
+        rz = group % dz
+        ry = group // dz % dy
+        rx = group // (dz * dy)
+    ix, iy, iz = 0, 0, tile
+    if RANK > 1:
+        iz = tile % tz
+        iy = tile // tz
+    if RANK > 2:
+        ix = iy // ty
+        iy = iy % ty
+    return b.to(tl.int64), h, rx, ry, rz, ix, iy, iz
+
+
+@triton.jit
+def members(n, d, r, DILATED: tl.constexpr):
+    """Length of the dilation group that starts at r."""
+    if DILATED:
+        return (n - r + d - 1) // d
+    return n
+
+
+@triton.jit
+def coordinates(at, SX: tl.constexpr, SY: tl.constexpr, SZ: tl.constexpr, BLOCK: tl.constexpr):
+    """Place of each row of a block inside its tile; rows beyond the tile are far outside."""
+    x = at // (SY * SZ)
+    if SX * SY * SZ < BLOCK:
+        x = tl.where(at < SX * SY * SZ, x, 1 << 20)
+    return x, at // SZ % SY, at % SZ
+
+
+@triton.jit
+def word(low, high, start, SIDE: tl.constexpr, SHIFT: tl.constexpr):
+    """One axis of a row's word: the bits of the places `[low, high)` in a tile at `start`."""
+    first = tl.minimum(tl.maximum(low - start, 0), SIDE)
+    end = tl.minimum(tl.maximum(high - start, 0), SIDE)
+    one = tl.full(low.shape, 1, tl.int32)
+    return ((one << end) - (one << first)) << SHIFT
+
+
+@triton.jit
+def column_word(x, y, z, SX: tl.constexpr, SY: tl.constexpr, SZ: tl.constexpr, RANK: tl.constexpr):
+    """The bits of a column; beyond the tile the top bit, which no row allows."""
+    one = tl.full(z.shape, 1, tl.int32)
+    bits = one << (z + (SX + SY))
+    if RANK > 1:
+        bits = bits | (one << (y + SX))
+    if RANK > 2:
+        bits = bits | (one << tl.minimum(x, SX))
+    return tl.where(x < SX, bits, one << 31)
+
+
+@triton.jit
+def related(
+    lx, hx, ly, hy, lz, hz, ox, oy, oz, x, y, z, bits,
+    SX: tl.constexpr, SY: tl.constexpr, SZ: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """`[rows, columns]`: which columns of the tile at (ox, oy, oz) lie in each row's bounds."""
+    if SX + SY + SZ <= 31:
+        allowed = word(lz, hz, oz, SZ, SX + SY)
+        if RANK > 1:
+            allowed |= word(ly, hy, oy, SY, SX)
+        if RANK > 2:
+            allowed |= word(lx, hx, ox, SX, 0)
+        return ((~allowed)[:, None] & bits[None, :]) == 0
+    ok = (z[None, :] >= (lz - oz)[:, None]) & (z[None, :] < (hz - oz)[:, None])
+    if RANK > 1:
+        ok &= (y[None, :] >= (ly - oy)[:, None]) & (y[None, :] < (hy - oy)[:, None])
+    if RANK > 2:
+        ok &= (x[None, :] >= (lx - ox)[:, None]) & (x[None, :] < (hx - ox)[:, None])
+    else:
+        ok &= (x < SX)[None, :]
+    return ok
+
+
+@triton.jit
+def step(
+    t, bx, by, bz, ny, nz, SX: tl.constexpr, SY: tl.constexpr, SZ: tl.constexpr,
+    RANK: tl.constexpr, ONE_BAND: tl.constexpr,
+):  # fmt: skip
+    """Corner of walked tile t of a box; `ONE_BAND` says that the last axis needs one tile."""
+    ox, oy, oz = bx, by, bz
+    if RANK == 1:
+        oz = bz + t * SZ
+    else:
+        rest = t
+        if not ONE_BAND:
+            oz = bz + t % nz * SZ
+            rest = t // nz
+        if RANK == 2:
+            oy = by + rest * SY
+        else:
+            oy = by + rest % ny * SY
+            ox = bx + rest // ny * SX
+    return ox, oy, oz
+
+
+@triton.jit
+def load_rows(base, offset, inside, dims, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of a `[.., D]` tensor; zero where outside."""
+    mask = inside[:, None]
+    if D != BLOCK_D:
+        mask = mask & (dims[None, :] < D)
+    return tl.load(base + offset[:, None] + dims[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(base, offset, inside, dims, values, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Inverse of `load_rows`."""
+    mask = inside[:, None]
+    if D != BLOCK_D:
+        mask = mask & (dims[None, :] < D)
+    tl.store(base + offset[:, None] + dims[None, :], values.to(base.dtype.element_ty), mask=mask)

@@ -1,0 +1,139 @@
+"""The backward pass of neighborhood attention: its launches and the sums over extra tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vistoken.kernels.neighborhood_tiles import Tile
+from vistoken.kernels.neighborhood_windows import Neighborhood
+from vistoken.kernels.triton_neighborhood import extra_block
+from vistoken.kernels.triton_neighborhood_backward import _key, _query
+from vistoken.kernels.triton_neighborhood_launch import (
+    LOG2E,
+    extras,
+    plan,
+    rows_packed,
+    strides,
+    wide,
+)
+
+Grads = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    hood: Neighborhood,
+    scale: float,
+    extra_k: Tensor | None = None,
+    extra_v: Tensor | None = None,
+    rpb: Tensor | None = None,
+    tiles: tuple[Tile | None, Tile | None] = (None, None),
+) -> Grads:
+    """See `vistoken.kernels.neighborhood_reference.backward`; `tiles` override the choice."""
+    grad, q, k, v = rows_packed(grad), rows_packed(q), rows_packed(k), rows_packed(v)
+    dq, delta = query_gradient(
+        grad, grad_lse, q, k, v, out, lse, hood, scale, extra_k, extra_v, rpb, tiles[0]
+    )
+    dk, dv = key_gradients(grad, q, k, v, lse, delta, hood, scale, rpb, tiles[1])
+    dek = dev = drpb = None
+    if extra_k is not None and extra_v is not None:
+        dek, dev = extra_gradients(grad, q, lse, delta, scale, extra_k, extra_v)
+    if rpb is not None:
+        from vistoken.kernels.triton_neighborhood_bias import bias_gradient
+
+        drpb = bias_gradient(grad, q, k, v, lse, delta, hood, scale, rpb)
+    return dq, dk, dv, dek, dev, drpb
+
+
+def query_gradient(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    hood: Neighborhood,
+    scale: float,
+    extra_k: Tensor | None,
+    extra_v: Tensor | None,
+    rpb: Tensor | None,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of q, and `delta [B, *grid, H]`."""
+    dq, delta = q.new_empty(q.shape), torch.empty_like(lse)
+    launch = plan(q, hood, "query", tile)
+    extra_k = None if extra_k is None else rows_packed(extra_k)
+    extra_v = None if extra_v is None else rows_packed(extra_v)
+    count = 0 if extra_k is None else extra_k.shape[1]
+    heads = q.shape[-2]
+    _query[(launch.programs * q.shape[0] * heads,)](
+        q, k, v, grad, out, lse, lse if grad_lse is None else grad_lse.contiguous(), delta, dq,
+        q if extra_k is None else extra_k, q if extra_v is None else extra_v,
+        q if rpb is None else rpb.contiguous(),
+        *strides(q), *strides(k), *strides(v), *strides(grad), *extras(extra_k), *extras(extra_v),
+        *launch.sizes, heads, heads // k.shape[-2], count, scale, scale * LOG2E,
+        EXTRA=extra_block(count), RPB=rpb is not None, GRAD_LSE=grad_lse is not None,
+        WIDE=wide(q, k, v, grad), **launch.constants,
+    )  # fmt: skip
+    return dq, delta
+
+
+def key_gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    hood: Neighborhood,
+    scale: float,
+    rpb: Tensor | None,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of k and v."""
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+    launch = plan(q, hood, "key", tile)
+    heads, key_heads = q.shape[-2], k.shape[-2]
+    _key[(launch.programs * q.shape[0] * key_heads,)](
+        q, k, v, grad, lse, delta, dk, dv, q if rpb is None else rpb.contiguous(),
+        *strides(q), *strides(k), *strides(v), *strides(grad),
+        *launch.sizes, heads, heads // key_heads, scale, scale * LOG2E,
+        RPB=rpb is not None, GROUPED=heads != key_heads, WIDE=wide(q, k, v, grad, lse),
+        **launch.constants,
+    )  # fmt: skip
+    return dk, dv
+
+
+def extra_gradients(
+    grad: Tensor,
+    q: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    scale: float,
+    extra_k: Tensor,
+    extra_v: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the extra tokens, which every query attends: a few narrow products."""
+    group = q.shape[-2] // extra_k.shape[2]
+
+    def rows(x: Tensor) -> Tensor:
+        """`[B, *grid, H, D]` as `[B, Hk, group * N, D]`."""
+        x = x.flatten(1, -3).transpose(1, 2).unflatten(1, (-1, group))
+        return x.flatten(2, 3)
+
+    own, up = rows(q), rows(grad)
+    norm, less = rows(lse[..., None]), rows(delta[..., None])
+    keys, values = extra_k.transpose(1, 2), extra_v.transpose(1, 2)
+    p = ((own @ keys.transpose(-1, -2)).float() * scale - norm).exp()
+    ds = p * ((up @ values.transpose(-1, -2)).float() - less)
+    dk = ds.to(q.dtype).transpose(-1, -2) @ own * scale
+    dv = p.to(q.dtype).transpose(-1, -2) @ up
+    return dk.transpose(1, 2).contiguous(), dv.transpose(1, 2).contiguous()

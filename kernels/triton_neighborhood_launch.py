@@ -1,0 +1,89 @@
+"""Launches of the neighborhood kernels: tensors and a plan of sizes, made once per problem."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from vistoken.kernels.neighborhood_tiles import Pass, Shape, Tile, choose, shape_of
+from vistoken.kernels.neighborhood_windows import Neighborhood, group_length
+
+LOG2E = 1.4426950408889634
+
+SIZES = ["nx", "ny", "nz", "wx", "wy", "wz", "jx", "jy", "jz", "dx", "dy", "dz", "tx", "ty", "tz"]
+"""Sizes of grid, window, stride (`j`), dilation and tiles: one compiled kernel serves them all."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a launch needs besides its tensors."""
+
+    programs: int
+    """Programs of one batch entry and head."""
+    steps: int
+    """Tiles that a program walks at most."""
+    sizes: tuple[int, ...]
+    """Grid, window, stride, dilation and tiles, three axes each."""
+    constants: dict[str, Any]
+
+
+def plan(q: Tensor, hood: Neighborhood, kind: Pass, tile: Tile | None = None) -> Plan:
+    """The plan of one pass over q `[B, *grid, H, D]`, with the chosen or a given tile."""
+    return _plan(shape_of(tuple(q.shape[1:-2]), hood, q.shape[-1], q.element_size()), kind, tile)
+
+
+@lru_cache(maxsize=1024)
+def _plan(shape: Shape, kind: Pass, tile: Tile | None) -> Plan:
+    tile = tile or choose(shape, kind)
+    lengths = [group_length(n, d, 0) for n, d in zip(shape.lengths, shape.dilation, strict=True)]
+    tiles = [-(-n // t) for n, t in zip(lengths, tile.own, strict=True)]
+    box = shape.box(tile.own, kind == "key")
+    causal = dict(zip(("CX", "CY", "CZ"), shape.causal, strict=True))
+    own = dict(zip(("TX", "TY", "TZ"), tile.own, strict=True))
+    walk = dict(zip(("KX", "KY", "KZ"), tile.walk, strict=True))
+    constants = {
+        "RANK": shape.rank, **causal, "STRIDED": max(shape.stride) > 1,
+        "DILATED": max(shape.dilation) > 1, **own, "BM": tile.rows, **walk, "BN": tile.columns,
+        "D": shape.dim, "BLOCK_D": max(16, triton.next_power_of_2(shape.dim)),
+        "ONE_BAND": box[2] <= tile.walk[2], "HEAD_FIRST": tile.head_first,
+        "PRECISION": precision(shape.bytes), "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    sizes = *shape.lengths, *shape.window, *shape.stride, *shape.dilation, *tiles
+    steps = math.prod(-(-side // t) for side, t in zip(box, tile.walk, strict=True))
+    return Plan(math.prod(shape.dilation) * math.prod(tiles), steps, sizes, constants)
+
+
+def precision(bytes_: int) -> str:
+    """How float32 is multiplied; half types have one way only."""
+    exact = bytes_ == 4 and not torch.backends.cuda.matmul.allow_tf32
+    return "tf32x3" if exact else "tf32"
+
+
+def strides(x: Tensor) -> tuple[int, ...]:
+    """Strides b, x, y, z, h of `[B, *grid, H, D]`, zero on unused axes."""
+    first, *grid, heads, _ = x.stride()
+    return first, *(0,) * (3 - len(grid)), *grid, heads
+
+
+def wide(*tensors: Tensor) -> bool:
+    """Whether offsets inside one batch entry need 64 bits."""
+    return any(
+        sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 2**31
+        for x in tensors
+    )
+
+
+def rows_packed(x: Tensor) -> Tensor:
+    """x, copied only where the values of a row are not next to each other."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def extras(x: Tensor | None) -> tuple[int, int, int]:
+    """Strides of extra tokens `[B, E, Hk, D]`."""
+    return (0, 0, 0) if x is None else (x.stride(0), x.stride(1), x.stride(2))
