@@ -26,6 +26,7 @@ from vistoken.errors import (
     VistokenError,
 )
 from vistoken.graphs import Graphed, compile
+from vistoken.latency import LatencyTable
 from vistoken.methods import (
     MCTF,
     DiffRate,
@@ -53,6 +54,7 @@ __all__ = [
     "EViT",
     "Graphed",
     "Info",
+    "LatencyTable",
     "Method",
     "NeighborhoodAttention",
     "NotWrappedError",

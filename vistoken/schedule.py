@@ -9,14 +9,30 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from vistoken.errors import ScheduleError
 from vistoken.flops import Where, count_macs
 from vistoken.shape import ModelShape
 
 T = TypeVar("T")
+
+
+class Clock(Protocol):
+    """What predicts how long a schedule takes; `vistoken.LatencyTable` is one."""
+
+    @property
+    def shape(self) -> ModelShape:
+        """Lengths and costs of the model that was timed."""
+
+    @property
+    def dense_ms(self) -> float:
+        """Milliseconds of the model without a method."""
+
+    def predict(self, schedule: Schedule) -> float:
+        """Milliseconds under a schedule."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +184,38 @@ class Schedule:
             counts.append((shape.prefix + patches,) * 2)
         return Schedule(shape.tokens, shape.prefix, tuple(counts))
 
+    @staticmethod
+    def for_speedup(
+        model: Any,
+        speedup: float,
+        table: Clock | None = None,
+        *,
+        batch: int | None = None,
+        method: str | None = None,
+        round_to: int = 1,
+    ) -> Schedule:
+        """Counts at which a model runs `speedup` times as fast as without a method, by measurement.
+
+        Args:
+            model: a supported model in eval mode, where and as it is to run.
+            speedup: wanted speed-up, 1 or larger.
+            table: a `LatencyTable`; None takes the one of this machine's cache, and builds it
+                first if need be.
+            batch: images per batch, where no table is given; default 1.
+            method: name of the method whose counts are sought; default: that of the table, which
+                is the one the model is wrapped with, else DiffRate.
+            round_to: raise every count to the next multiple.
+
+        Raises:
+            ConfigError: a method or number that is not allowed.
+            ScheduleError: the speed-up is out of reach; says which is possible.
+        """
+        # Measuring needs models, which lie above this module.
+        plan: Schedule = import_module("vistoken.latency").schedule_for(
+            model, speedup, table, batch=batch, method=method, round_to=round_to
+        )
+        return plan
+
     def gflops(self, shape: ModelShape, where: Where = "mlp") -> float:
         """Multiply-accumulates of one image under this schedule, in G."""
         return count_macs(shape, self.kept, where) / 1e9
@@ -197,6 +245,39 @@ class Schedule:
         if missing:
             raise ScheduleError(f"{path} is no schedule: it lacks {sorted(missing)}")
         return Schedule.from_lists(data["tokens"], data["prefix"], data["pruned"], data["merged"])
+
+
+def weakest(
+    target: float, cost: Callable[[float], float | None], parts: int = 128, halvings: int = 6
+) -> tuple[float | None, float]:
+    """The largest share in (0, 1] at which a measured cost is at most `target`.
+
+    Measured costs need not fall with the share: a smaller matrix can be slower. So the shares are
+    walked from 1 downwards, and only the last gap is halved.
+
+    Args:
+        target: wanted cost.
+        cost: cost at a share of the dense model, or None where the share is out of reach.
+        parts: steps of the walk.
+        halvings: of the gap between the last share that costs too much and the first that does not.
+
+    Returns:
+        The share, or None where nothing is that cheap; and the lowest cost seen.
+    """
+    lowest = float("inf")
+    for part in range(parts, 0, -1):
+        found = cost(part / parts)
+        if found is None:
+            break
+        lowest = min(lowest, found)
+        if found <= target:
+            good, bad = part / parts, (part + 1) / parts
+            for _ in range(halvings if part < parts else 0):
+                middle = (good + bad) / 2
+                here = cost(middle)
+                good, bad = (middle, bad) if here is not None and here <= target else (good, middle)
+            return good, lowest
+    return None, lowest
 
 
 def solve(

@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from vistoken.errors import ConfigError
-from vistoken.flops import Where
-from vistoken.schedule import Schedule, Step, solve
+from vistoken.errors import ConfigError, ScheduleError
+from vistoken.flops import Where, count_macs
+from vistoken.schedule import Clock, Schedule, Step, solve, weakest
 from vistoken.shape import ModelShape
 from vistoken.state import Assignment, TokenState
 
@@ -113,6 +113,39 @@ class Method:
             ScheduleError: no setting is that cheap.
         """
         raise NotImplementedError
+
+    @classmethod
+    def at_speedup(cls, table: Clock, speedup: float, *, round_to: int = 1) -> Self:
+        """The weakest settings that run `speedup` times as fast as the dense model by a table.
+
+        Args:
+            table: a `LatencyTable`, best measured with this very method.
+            speedup: wanted speed-up, 1 or larger.
+            round_to: of the settings.
+
+        Raises:
+            ConfigError: a speed-up below 1.
+            ScheduleError: no setting is that fast; says how fast the fastest is.
+        """
+        if not speedup >= 1:
+            raise ConfigError(f"speedup={speedup!r}: must be 1 or larger")
+        shape, dense = table.shape, count_macs(table.shape) / 1e9
+
+        def ms(share: float) -> float | None:
+            try:
+                method = cls.at_gflops(shape, share * dense)
+            except ScheduleError:
+                return None
+            return table.predict(dataclasses.replace(method, round_to=round_to).plan(shape))
+
+        share, fastest = weakest(table.dense_ms / speedup, ms)
+        if share is None:
+            raise ScheduleError(
+                f"a speed-up of {speedup:.4g} is out of reach: by this table {cls.name} runs at "
+                f"most {table.dense_ms / fastest:.4g} times as fast as the dense model "
+                f"({fastest:.4g} of {table.dense_ms:.4g} ms)"
+            )
+        return dataclasses.replace(cls.at_gflops(shape, share * dense), round_to=round_to)
 
     def cost(self, shape: ModelShape) -> float:
         """Cost of one image under this method, in G."""
