@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import product
 from typing import Literal
 
-from vistoken.kernels.neighborhood_windows import Neighborhood, group_length, span
+from vistoken.kernels.neighborhood_windows import Neighborhood, group_length, spans
 
 Pass = Literal["forward", "query", "key"]
 """Forward, gradient of the queries, gradient of the keys and values."""
@@ -57,13 +57,20 @@ class Shape:
     dim: int
     bytes: int
 
+    def spans(self, sides: Sides, inverse: bool) -> list[tuple[int, ...]]:
+        """Box sides of the tiles along each axis, in the first dilation group, the longest."""
+        return [
+            spans(group_length(n, d, 0), t, w, s, c, inverse)
+            for n, d, t, w, s, c in zip(
+                self.lengths, self.dilation, sides, self.window, self.stride, self.causal,
+                strict=True,
+            )
+        ]  # fmt: skip
+
     def box(self, sides: Sides, inverse: bool) -> Sides:
         """Largest box that a tile relates to, over all dilation groups."""
         x, y, z = (
-            max(
-                span(group_length(n, d, r), t, w, s, c, inverse)
-                for r in {0, d - 1}
-            )
+            max(max(spans(group_length(n, d, r), t, w, s, c, inverse)) for r in {0, d - 1})
             for n, d, t, w, s, c in zip(
                 self.lengths, self.dilation, sides, self.window, self.stride, self.causal,
                 strict=True,
@@ -107,10 +114,16 @@ def candidates(shape: Shape, kind: Pass) -> Iterator[Tile]:
             continue
         if math.prod(tile) > narrow:
             continue
-        box = shape.box(tile, kind == "key")
-        for columns in (narrow // 2, narrow):
-            for walk in walks(box, columns, shape.rank):
-                yield Tile(tile, walk, 4 if shape.dim <= 64 else 8, 2)
+        for box in boxes(shape, tile, kind):
+            for columns in (narrow // 2, narrow):
+                for walk in walks(box, columns, shape.rank):
+                    yield Tile(tile, walk, 4 if shape.dim <= 64 else 8, 2)
+
+
+def boxes(shape: Shape, own: Sides, kind: Pass) -> set[Sides]:
+    """The largest box of a tile and the one in the middle of the grid, where most tiles are."""
+    x, y, z = (axis[len(axis) // 2] for axis in shape.spans(own, kind == "key"))
+    return {shape.box(own, kind == "key"), (x, y, z)}
 
 
 def walks(box: Sides, columns: int, rank: int) -> Iterator[Sides]:
@@ -129,8 +142,8 @@ def walks(box: Sides, columns: int, rank: int) -> Iterator[Sides]:
 
 def cost(shape: Shape, kind: Pass, tile: Tile) -> float:
     """Work of a whole grid in multiply-adds per head-dim; a step and a tile have a fixed part."""
-    box = shape.box(tile.own, kind == "key")
-    steps = math.prod(-(-b // w) for b, w in zip(box, tile.walk, strict=True))
-    lengths = (group_length(n, d, 0) for n, d in zip(shape.lengths, shape.dilation, strict=True))
-    tiles = math.prod(-(-n // t) for n, t in zip(lengths, tile.own, strict=True))
-    return tiles * (steps * (tile.columns + 16) * (tile.rows + 16) + 4096)
+    steps = tiles = 1
+    for axis, side in zip(shape.spans(tile.own, kind == "key"), tile.walk, strict=True):
+        steps *= sum(-(-length // side) for length in axis)
+        tiles *= len(axis)
+    return steps * (tile.columns + 8) * (tile.rows + 16) + tiles * 6000

@@ -114,7 +114,9 @@ def inverse_bounds(
 
 
 @lru_cache(maxsize=4096)
-def span(length: int, side: int, window: int, stride: int, causal: bool, inverse: bool) -> int:
-    """Longest side of the boxes that tiles of `side` rows relate to."""
+def spans(
+    length: int, side: int, window: int, stride: int, causal: bool, inverse: bool
+) -> tuple[int, ...]:
+    """Side of the box that each tile of `side` rows relates to."""
     low, high = (inverse_bounds if inverse else window_bounds)(length, window, stride, causal)
-    return max(high[min(at + side, length) - 1] - low[at] for at in range(0, length, side))
+    return tuple(high[min(at + side, length) - 1] - low[at] for at in range(0, length, side))
