@@ -297,6 +297,16 @@ def test_info_and_cost() -> None:
         vistoken.flops(model, "na:window=3,blocks=12")
 
 
+def test_a_budget_finds_the_widest_window() -> None:
+    model = timm.create_model("vit_small_patch14_dinov2", img_size=518)
+    shape, dense = vistoken.api.shape_of(model), vistoken.flops(model)
+    method = vistoken.NeighborhoodAttention.at_gflops(shape, 0.7 * dense)
+    assert method.cost(shape) <= 0.7 * dense
+    assert vistoken.NeighborhoodAttention(window=method.window + 1).cost(shape) > 0.7 * dense
+    with pytest.raises(vistoken.ScheduleError, match="out of reach"):
+        vistoken.NeighborhoodAttention.at_gflops(shape, 0.1 * dense)
+
+
 def test_trace_sees_all_tokens() -> None:
     model, image = build("distilled")
     vistoken.wrap(model, CASES[0])

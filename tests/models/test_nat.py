@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from naive_neighborhood import naive_attention
 from timm.models._manipulate import group_with_matcher
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 import vistoken
@@ -487,7 +488,7 @@ def test_training_hooks_of_timm() -> None:
         for key in ("levels.0.blocks.1.norm1.weight", "levels.0.downsample.norm.weight")
     )
     assert below < above
-    assert timm.optim.create_optimizer_v2(model, "adamw", lr=1e-3, layer_decay=0.8).param_groups
+    assert create_optimizer_v2(model, "adamw", lr=1e-3, layer_decay=0.8).param_groups
 
 
 def test_checkpointing_gives_the_same_gradients() -> None:

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from vistoken.methods import METHODS, Method
+from vistoken.methods import ATTENTIONS, METHODS, Method
 from vistoken.methods.diffrate import DiffRate
 
 
@@ -34,7 +34,7 @@ def make_table() -> Any:
     table = Table(title="Methods", title_justify="left", header_style="bold", show_lines=True)
     for name in ("name", "paper", "reads", "guarantees", "settings with defaults"):
         table.add_column(name, no_wrap=name == "name", overflow="fold")
-    for name, cls in METHODS.items():
+    for name, cls in {**METHODS, **ATTENTIONS}.items():
         table.add_row(name, cls.paper, reads(cls), cls.guarantees, "\n".join(settings_of(cls)))
     return table
 

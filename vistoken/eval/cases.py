@@ -96,5 +96,4 @@ def plan_cases(
 
 def _case(method: Method, shape: ModelShape, budget: float | None) -> Case:
     """A case with its cost and length."""
-    schedule = method.plan(shape)
-    return Case(method, schedule.gflops(shape, method.where), schedule.kept[-1], budget)
+    return Case(method, method.cost(shape), method.plan(shape).kept[-1], budget)

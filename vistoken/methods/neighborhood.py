@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from torch import Tensor
 
 from vistoken.errors import ScheduleError
+from vistoken.flops import count_macs
 from vistoken.kernels.neighborhood import na2d
 from vistoken.methods.base import is_int, require
 from vistoken.methods.sparse import SparseAttention
+from vistoken.shape import ModelShape
 
 Axes = tuple[int, int]
 
@@ -84,6 +86,19 @@ class NeighborhoodAttention(SparseAttention):
         """Patches times window."""
         rows, columns = both(self.window)
         return grid[0] * grid[1] * rows * columns
+
+    @classmethod
+    def at_gflops(cls, shape: ModelShape, gflops: float) -> Self:
+        """The widest square window in every block for a cost of at most `gflops` G."""
+        widest = range(min(shape.grid), 0, -1)
+        found = next((n for n in widest if cls(window=n).cost(shape) <= gflops), None)
+        if found is None:
+            raise ScheduleError(
+                f"a cost of {gflops:.4g} G is out of reach: na goes down to "
+                f"{cls(window=1).cost(shape):.4g} G on this model, from "
+                f"{count_macs(shape) / 1e9:.4g} G"
+            )
+        return cls(window=found)
 
     def attend_grid(
         self,

@@ -1,5 +1,6 @@
-"""Pictures of what a method did to an image's tokens."""
+"""Pictures of what a method did to an image's tokens, and of which patches attend to which."""
 
 from vistoken.view.tokens import View, draw, look
+from vistoken.view.windows import Query, draw_windows
 
-__all__ = ["View", "draw", "look"]
+__all__ = ["Query", "View", "draw", "draw_windows", "look"]

@@ -37,12 +37,13 @@ def origin(row: int, column: int, cell: Cell) -> tuple[int, int]:
     return TITLE + row * (height + CAPTION), MARGIN + column * (width + GAP)
 
 
-def compose(rows: Sequence[Sequence[Cell]], title: str = "") -> Any:
+def compose(rows: Sequence[Sequence[Cell]], title: str = "", legend: str = LEGEND_TEXT) -> Any:
     """Arrange panels of one size in rows.
 
     Args:
         rows: panels, one list per row of the sheet.
         title: above all.
+        legend: below all.
 
     Returns:
         A PIL image.
@@ -64,7 +65,7 @@ def compose(rows: Sequence[Sequence[Cell]], title: str = "") -> Any:
             pen.text((left, below + 19), fit(pen, cell.caption, small, width), INK, small, "lm")
             detail = fit(pen, cell.detail, small, width)
             pen.text((left, below + 43), detail, FAINT, small, "lm")
-    pen.text((MARGIN, bottom + LEGEND / 2 - 4), LEGEND_TEXT, FAINT, small, anchor="lm")
+    pen.text((MARGIN, bottom + LEGEND / 2 - 4), legend, FAINT, small, anchor="lm")
     return sheet
 
 
