@@ -16,7 +16,7 @@ from vistoken import LatencyTable, Schedule
 from vistoken.errors import ConfigError, ScheduleError, UnsupportedMethodError
 from vistoken.latency import table_path
 from vistoken.methods import METHODS, DiffRate, EViT, ToMe
-from vistoken.probe import Case, Probe, fit
+from vistoken.probe import Case, Probe, fit, wrapped_block
 from vistoken.schedule import weakest
 from vistoken.shape import ModelShape
 
@@ -248,6 +248,34 @@ def test_blocks_really_do_what_is_timed():
         assert calls["dense", 0]().shape == (2, 5) and fired
         handle.remove()
     assert "forward" not in model.blocks[0].__dict__
+
+
+def test_the_fused_chain_is_timed_where_it_runs(monkeypatch):
+    """Only the chain's own dispatch is changed: its kernels stay on their torch references."""
+    monkeypatch.setattr(vistoken.fast, "use_triton", lambda x: True)
+    ran = []
+    own = vistoken.fast.FusedBlock.run
+    monkeypatch.setattr(
+        vistoken.fast.FusedBlock, "run", lambda self, x: ran.append(x.shape[1]) or own(self, x)
+    )
+    norms = []
+    layer_norm = torch.nn.functional.layer_norm
+    for method in ("tome", "diffrate", "zero_tprune"):
+        LatencyTable.measure(tiny(), method=method, repeats=1)
+        assert {4, 6, 8, 10} <= set(ran), method
+        ran.clear()
+    probe = Probe(tiny(), None, 1, "tome:r=2", None, 2)
+    wrapped = vistoken.wrap(tiny(), probe.method)
+    call = wrapped_block(
+        vistoken.api.attachment_of(wrapped), torch.randn(1, 8, 32), (), {}, probe.step(8, 2)
+    )
+    with torch.no_grad():
+        call()
+        monkeypatch.setattr(
+            torch.nn.functional, "layer_norm", lambda *a: norms.append(1) or layer_norm(*a)
+        )
+        assert call().shape == (1, 6, 32)
+    assert len(norms) == 2, "norm2 and the next block's norm1; its own norm1 came along"
 
 
 def test_the_steps_timed_prune_and_merge_as_the_method_does():
