@@ -35,6 +35,7 @@ def biased_attention(
     class_tokens: int = 0,
     *,
     alive: Tensor | None = None,
+    size: Tensor | None = None,
     return_lse: Literal[False] = False,
 ) -> tuple[Tensor, Tensor | None]: ...
 
@@ -49,6 +50,7 @@ def biased_attention(
     class_tokens: int = 0,
     *,
     alive: Tensor | None = None,
+    size: Tensor | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor | None, Tensor]: ...
 
@@ -62,6 +64,7 @@ def biased_attention(
     class_tokens: int = 0,
     *,
     alive: Tensor | None = None,
+    size: Tensor | None = None,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
     """Proportional attention `softmax(scale q k^T + bias) v` (ToMe, section 3).
@@ -76,6 +79,7 @@ def biased_attention(
         alive: `[B, N]` bool, or float zeros and ones: a query sees living keys and its own. A float
             one gets the gradient of a weight on each key's exponential, own keys exempt (DiffRate,
             section 3.3).
+        size: token sizes `[B, N]`, in place of the bias that is their logarithm.
         return_lse: return the log-sum-exp of every query's scores too; `received` takes it.
 
     Returns:
@@ -83,10 +87,15 @@ def biased_attention(
         averaged over them and the heads, `[B, N]` fp32 (None for 0 class tokens), and on demand
         the log-sum-exp `[B, H, N]` fp32. All have gradients.
     """
+    if bias is not None and size is not None:
+        raise ValueError("bias and size were both given: one of them weighs the keys")
     row: Tensor | None
     lse: Tensor | None
+    direct = use_triton(q) and not as_op(q) and not trains(q, k, v, bias, alive, size)
+    if size is not None and not direct:
+        bias = size.log()
     # Without a bias the library's kernel is the fastest there is.
-    plain = bias is None and class_tokens == 0 and alive is None and not return_lse
+    plain = bias is None and size is None and class_tokens == 0 and alive is None and not return_lse
     if plain or not use_triton(q):
         out, row, lse = biased_attention_reference(
             q, k, v, bias, scale, class_tokens, alive, return_lse
@@ -94,9 +103,13 @@ def biased_attention(
     elif trains(q, k, v, bias, alive):
         out, _, lse = biased_attention_op(q, k, v, bias, scale, 0, alive, True)
         row = class_row(q[:, :, :class_tokens], k, bias, scale, alive) if class_tokens else None
+    elif direct:
+        keys, sized = (bias, False) if size is None else (size, True)
+        out, row, lse = _biased_attention(
+            q, k, v, keys, scale, class_tokens, alive, return_lse, sized
+        )
     else:
-        run = biased_attention_op if as_op(q) else _biased_attention
-        out, row, lse = run(q, k, v, bias, scale, class_tokens, alive, return_lse)
+        out, row, lse = biased_attention_op(q, k, v, bias, scale, class_tokens, alive, return_lse)
     row = row if class_tokens else None
     return (out, row, cast(Tensor, lse)) if return_lse else (out, row)
 
@@ -110,6 +123,7 @@ def _biased_attention(
     class_tokens: int,
     alive: Tensor | None,
     return_lse: bool,
+    sized: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel, or its reference; class row and log-sum-exp are empty where not asked for."""
     wide = wide_type(q)
@@ -124,7 +138,7 @@ def _biased_attention(
 
     lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=wide)
     asked = lse if return_lse else None
-    out, rows = biased_attention_triton(q, k, v, bias, scale, class_tokens, alive, asked)
+    out, rows = biased_attention_triton(q, k, v, bias, scale, class_tokens, alive, asked, sized)
     return out, rows.mean(1) if class_tokens else rows, lse
 
 

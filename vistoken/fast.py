@@ -153,7 +153,7 @@ class FusedBlock:
         reduces = not step.idle and attachment.method.where == "mlp"
         needs = attachment.needs if not step.idle else frozenset()
         sized = attachment.proportional and state.size is not None
-        bias = state.size.log() if sized and state.size is not None else None
+        size = state.size if sized else None
 
         if frame.normed is not None and frame.normed[0] is x:
             h = frame.normed[1]
@@ -162,9 +162,9 @@ class FusedBlock:
         heads = split_heads(owner.attn, h)
         side = None
         if reduces and needs == {Need.KEYS}:
-            frame.features[block] = gather_signals(needs, 0, *heads[:2], bias, owner.attn.scale)
+            frame.features[block] = gather_signals(needs, 0, *heads[:2], None, owner.attn.scale)
             side = self.assign_aside(x)
-        attn_out, signals = attend(owner.attn, *heads, bias, needs, attachment.shape.cls)
+        attn_out, signals = attend(owner.attn, *heads, size, needs, attachment.shape.cls)
         if side is None and not step.idle:
             frame.features[block] = signals
             if reduces and Need.STREAM not in needs:
@@ -255,14 +255,18 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None,
+    size: Tensor | None,
     needs: frozenset[Need],
     cls: int,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Attention before its projection, `[B, N, C]`, and declared signals."""
     rows = cls if Need.CLASS_ROW in needs else 0
-    out, row = biased_attention(q, k, v, bias, attn.scale, rows)
-    signals = gather_signals(needs - {Need.CLASS_ROW}, 0, q, k, bias, attn.scale)
+    out, row = biased_attention(q, k, v, None, attn.scale, rows, size=size)
+    others = needs - {Need.CLASS_ROW}
+    # Only these read the bias: sparing its launch counts at small batches.
+    reads = size is not None and not others <= {Need.KEYS, Need.STREAM}
+    bias = size.log() if reads and size is not None else None
+    signals = gather_signals(others, 0, q, k, bias, attn.scale)
     if rows:
         signals["class_row"] = row
     return out.transpose(1, 2).flatten(2), signals

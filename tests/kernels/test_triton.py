@@ -8,6 +8,8 @@ import torch
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run with TRITON_INTERPRET=1 where there is no GPU", allow_module_level=True)
 
+import vistoken.kernels.biased_attention as module
+from vistoken.kernels.biased_attention import biased_attention
 from vistoken.kernels.bipartite import cosine_scores, head_mean, pair_up
 from vistoken.kernels.chain import Slots, add_reduce_norm_reference
 from vistoken.kernels.match import best_match
@@ -111,7 +113,7 @@ def test_nan_in_one_image_leaves_valid_indices_and_its_batch_mates_alone(tokens)
     keys[1] = float("nan")
     for mine, other in zip(bipartite_triton(keys, 1, 5), clean, strict=True):
         assert torch.equal(mine[[0, 2]], other[[0, 2]])
-        assert 0 <= int(mine[1].min()) and int(mine[1].max()) < tokens
+        assert int(mine[1].min()) >= 0 and int(mine[1].max()) < tokens
     score = draw(2, tokens)
     score[0, 3::2] = float("nan")
     order = rank_tokens_triton(score, 1)
@@ -184,3 +186,18 @@ def test_best_match_at(sources, targets):
     expected = best_match(take(x.double(), src), take(x.double(), dst))
     torch.testing.assert_close(value.double(), expected[0], rtol=1e-4, atol=1e-5)
     assert torch.equal(index, expected[1])
+
+
+def test_sizes_in_place_of_a_bias_go_every_way(monkeypatch):
+    q, k, v = heads(2, 37, 2, 32)
+    size = torch.randint(1, 9, (2, 37), device=DEVICE).float()
+    out, row = biased_attention(q, k, v, size.log(), 0.2, 1)
+    plain, plain_row = biased_attention(q, k, v, None, 0.2, 1, size=size)
+    torch.testing.assert_close(plain, out)
+    torch.testing.assert_close(plain_row, row)
+    monkeypatch.setattr(module, "use_triton", lambda x, dtypes=None: True)
+    kernel, kernel_row = biased_attention(q, k, v, None, 0.2, 1, size=size)
+    torch.testing.assert_close(kernel, out, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kernel_row, row, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="bias and size"):
+        biased_attention(q, k, v, size, 0.2, size=size)
