@@ -12,6 +12,7 @@ from timm.models._registry import _model_to_module
 from torch import nn
 
 import vistoken
+from vistoken.api import shape_of
 
 # timm module: fewest names that must be carried and refused; the supported releases have as many.
 EXPECTED = {
@@ -83,6 +84,11 @@ def check_carried(name: str, model: nn.Module, image: torch.Tensor) -> None:
     assert trace.counts == (first, first - min(2, (first - prefix) // 2)), name
     assert torch.isfinite(reduced).all(), name
     assert all((size.sum(1) == start).all() for size in trace.sizes), name
+    vistoken.unwrap(model)
+    vistoken.wrap(model, vistoken.NeighborhoodAttention(window=shape_of(model).grid))
+    with torch.no_grad():
+        whole = model(image)
+    assert torch.allclose(idle, whole, atol=1e-5, rtol=1e-4), f"{name}: windows of the whole grid"
 
 
 @pytest.mark.slow
