@@ -16,7 +16,7 @@ from vistoken import LatencyTable, Schedule
 from vistoken.errors import ConfigError, ScheduleError, UnsupportedMethodError
 from vistoken.latency import table_path
 from vistoken.methods import METHODS, DiffRate, EViT, ToMe
-from vistoken.probe import Case, Probe, fit, wrapped_block
+from vistoken.probe import Case, Probe, fit, wrapped_blocks
 from vistoken.schedule import weakest
 from vistoken.shape import ModelShape
 
@@ -238,14 +238,17 @@ def test_blocks_really_do_what_is_timed():
     dense = vistoken.models.detect.find(model)
     with torch.no_grad():
         calls = probe.calls(dense, attachment)
-        assert calls["block", 8]().shape == calls["idle", 8]().shape == (2, 8, 32)
-        assert calls["step", 8]().shape == (2, 8 - probe.removal(8), 32)
-        assert calls["cut", 8]().shape == (2, 2, 32)
-        assert calls["dense", 0]().shape == (2, 5)
+        out = {name: [call() for call in several] for name, several in calls.items()}
+        assert all(len(several) == 1 for several in out.values())
+        shapes = {name: tuple(several[0].shape) for name, several in out.items()}
+        assert shapes["block", 8] == shapes["idle", 8] == (2, 8, 32)
+        assert shapes["step", 8] == (2, 8 - probe.removal(8), 32)
+        assert shapes["cut", 8] == (2, 2, 32)
+        assert shapes["dense", 0] == (2, 5)
         fired = []
         handle = model.blocks[2].mlp.register_forward_hook(lambda *_: fired.append(1))
-        assert calls["rest", 0]().shape == (2, 5) and not fired
-        assert calls["dense", 0]().shape == (2, 5) and fired
+        assert calls["rest", 0][0]().shape == (2, 5) and not fired
+        assert calls["dense", 0][0]().shape == (2, 5) and fired
         handle.remove()
     assert "forward" not in model.blocks[0].__dict__
 
@@ -266,11 +269,10 @@ def test_the_fused_chain_is_timed_where_it_runs(monkeypatch):
         ran.clear()
     probe = Probe(tiny(), None, 1, "tome:r=2", None, 2)
     wrapped = vistoken.wrap(tiny(), probe.method)
-    call = wrapped_block(
-        vistoken.api.attachment_of(wrapped), torch.randn(1, 8, 32), (), {}, probe.step(8, 2)
-    )
+    attachment, x = vistoken.api.attachment_of(wrapped), torch.randn(1, 8, 32)
+    call, last = wrapped_blocks(attachment, [1, 2], x, (), {}, probe.step(8, 2))
     with torch.no_grad():
-        call()
+        assert call().shape == last().shape == (1, 6, 32)
         monkeypatch.setattr(
             torch.nn.functional, "layer_norm", lambda *a: norms.append(1) or layer_norm(*a)
         )

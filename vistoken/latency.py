@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vistoken.clock import Mode, versions
 from vistoken.errors import ConfigError, ScheduleError
 from vistoken.flops import Where
 from vistoken.methods import METHODS, Method
-from vistoken.probe import Case, Mode, Probe, at_least, versions
+from vistoken.probe import Case, Probe, at_least
 from vistoken.schedule import Schedule
 from vistoken.shape import BlockCost, ModelShape
 

@@ -1,30 +1,27 @@
 """Timing of a model's own blocks at any token count, on the path that inference takes.
 
-One block in the middle of the model runs on random tokens `[B, n, C]`: without a method, wrapped
-and keeping all tokens, wrapped and reducing, and wrapped with next to nothing left for its MLP.
+Blocks in the middle of the model run on random tokens `[B, n, C]`: without a method, wrapped and
+keeping all tokens, wrapped and reducing, and wrapped with next to nothing left for their MLP.
 """
 
 from __future__ import annotations
 
 import copy
-import platform
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistoken import fast
-from vistoken._version import __version__
 from vistoken.api import attachment_of, check_method, unwrap, wrap
 from vistoken.attach import Attachment
+from vistoken.clock import Call, Calls, Mode, device_name, median_ms
 from vistoken.errors import ConfigError, ScheduleError, UnsupportedBackboneError
 from vistoken.flops import count_macs
 from vistoken.methods import METHODS, Method, Pool, parse
@@ -33,12 +30,10 @@ from vistoken.schedule import Step
 from vistoken.spec import class_path, lookup
 from vistoken.state import Assignment, Frame, TokenState
 
-Mode = Literal["graph", "eager"]
-Call = Callable[[], object]
-BLOCK = 1
-"""The block that is timed; block 0 opens a frame and so cannot stand for the others."""
-CALLS = 4
-"""Calls in one sample on CUDA: a single block is too short for the clock."""
+FIRST = 1
+"""The first block that is timed; block 0 opens a frame and so cannot stand for the others."""
+BLOCKS_ON_CUDA = 8
+"""Blocks timed in a row on CUDA: one is too short for the clock, and its weights stay in cache."""
 MOST_COUNTS = 32
 TYPICAL_SHARES = (0.7, 0.8, 0.9, 0.95)
 """Shares of the dense cost at which a method known by name is timed, the first within reach."""
@@ -118,7 +113,7 @@ class Probe:
                 f"{class_path(type(host))} has {shape.depth} blocks of {len(set(shape.blocks))} "
                 "costs; a table of block times needs two blocks or more that are all alike"
             )
-        block = backbone.blocks[BLOCK]
+        block = backbone.blocks[FIRST]
         names = ("num_heads", "num_attention_heads", "config.num_attention_heads", "n_head")
         heads = (lookup(block, f"{self.spec.attn}.{name}") for name in names)
         if step is None:
@@ -205,19 +200,22 @@ class Probe:
             "seconds": time.perf_counter() - start,
         }
 
-    def calls(self, dense: Backbone, attachment: Attachment) -> dict[tuple[str, int], Call]:
-        """What is timed: the whole model, the model without blocks, and its block in four forms."""
-        host, images, block = dense.host, self.images, dense.blocks[BLOCK]
-        tokens, args, kwargs = block_input(host, block, images)
-        found: dict[tuple[str, int], Call] = {
-            ("dense", 0): lambda: host(images),
-            ("rest", 0): partial(without_blocks, dense, images),
+    def calls(self, dense: Backbone, attachment: Attachment) -> Calls:
+        """What is timed: the whole model, the model without blocks, its blocks in four forms."""
+        host, images = dense.host, self.images
+        last = FIRST + BLOCKS_ON_CUDA if self.device.type == "cuda" else FIRST + 1
+        # The last block of a model hands nothing to a next one, so it is left out if it can be.
+        chosen = range(FIRST, max(FIRST + 1, min(last, self.shape.depth - 1)))
+        tokens, args, kwargs = block_input(host, dense.blocks[FIRST], images)
+        found: Calls = {
+            ("dense", 0): (lambda: host(images),),
+            ("rest", 0): (partial(without_blocks, dense, images),),
         }
         for n in self.counts:
             more, named = fit((args, kwargs), self.shape.tokens, self.shape.prefix, n)
             x = random_like(tokens, n)
-            run = partial(wrapped_block, attachment, x, more, named)
-            found["block", n] = partial(block, x, *more, **named)
+            run = partial(wrapped_blocks, attachment, chosen, x, more, named)
+            found["block", n] = tuple(partial(dense.blocks[i], x, *more, **named) for i in chosen)
             found["idle", n] = found["cut", n] = run(self.step(n, 0))
             found["step", n] = run(self.step(n, self.removal(n)))
             if self.method.where == "mlp":
@@ -245,44 +243,45 @@ class Probe:
         return Step(like.block, like.depth, tokens, pruned, tokens - removed)
 
 
-def wrapped_block(
+def wrapped_blocks(
     attachment: Attachment,
+    chosen: Sequence[int],
     x: Tensor,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     step: Step,
     free: bool = False,
-) -> Call:
-    """A call of a wrapped block in the middle of a forward pass.
+) -> tuple[Call, ...]:
+    """Calls of wrapped blocks, each in the middle of a forward pass of its own.
 
     Args:
         attachment: the method on the model.
-        x: tokens `[B, N, C]` that enter the block.
-        args: further arguments of the block.
-        kwargs: keyword arguments of the block.
-        step: what the block has to do.
+        chosen: indices of the blocks.
+        x: tokens `[B, N, C]` that enter each block.
+        args: further arguments of a block.
+        kwargs: keyword arguments of a block.
+        step: what each block has to do.
         free: keep the first tokens instead of asking the method.
     """
-    block: Any = attachment.blocks[BLOCK]
+    first: Any = attachment.blocks[chosen[0]]
     batch, tokens, width = x.shape
-    sized = attachment.proportional
-    size = torch.ones(batch, tokens, device=x.device) if sized else None
-    prefix = attachment.shape.prefix
+    prefix, depth = attachment.shape.prefix, attachment.shape.depth
+    size = torch.ones(batch, tokens, device=x.device) if attachment.proportional else None
     state = TokenState(tokens, prefix, (1, tokens - prefix), size)
     keep = torch.arange(step.merged, device=x.device).repeat(batch, 1)
     normed = None
-    if isinstance(block.__dict__.get("forward"), fast.FusedBlock):
+    if isinstance(first.__dict__.get("forward"), fast.FusedBlock):
         # In a chain the block before has made the norm already.
-        normed = x, F.layer_norm(x, (width,), *fast.norm_of(block.norm1))
+        normed = x, F.layer_norm(x, (width,), *fast.norm_of(first.norm1))
 
-    def call() -> object:
-        frame = Frame(state, attachment.shape.depth)
-        frame.states[BLOCK], frame.normed = state, normed
-        frame.assignments[BLOCK] = Assignment(keep=keep) if free else None
-        attachment.frame, attachment.current = frame, (step,) * attachment.shape.depth
-        return block(x, *args, **kwargs)
+    def call(block: int) -> object:
+        frame = Frame(state, depth)
+        frame.states[block], frame.normed = state, normed
+        frame.assignments[block] = Assignment(keep=keep) if free else None
+        attachment.frame, attachment.current = frame, (step,) * depth
+        return attachment.blocks[block](x, *args, **kwargs)
 
-    return call
+    return tuple(partial(call, block) for block in chosen)
 
 
 def block_input(
@@ -341,60 +340,6 @@ def hand_on(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return x
 
 
-def median_ms(
-    calls: dict[tuple[str, int], Call], device: torch.device, mode: Mode, repeats: int
-) -> dict[tuple[str, int], float]:
-    """Median milliseconds of every call.
-
-    The calls take turns, so that a busy moment or a slower clock hits one sample of each.
-    """
-    clock = cuda_ms if device.type == "cuda" else wall_ms
-    if mode == "graph":
-        calls = captured(calls)
-    taken: dict[tuple[str, int], list[float]] = {name: [] for name in calls}
-    for turn in range(repeats + 1):
-        for name, call in calls.items():
-            sample = clock(call)
-            if turn > 0:
-                taken[name].append(sample)
-    return {name: statistics.median(times) for name, times in taken.items()}
-
-
-def wall_ms(call: Call) -> float:
-    """Milliseconds of one call on the host's clock."""
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e3
-
-
-def cuda_ms(call: Call) -> float:
-    """Milliseconds of one of several calls in a row, between two events."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(CALLS):
-        call()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) / CALLS
-
-
-def captured(calls: dict[tuple[str, int], Call]) -> dict[tuple[str, int], Call]:
-    """The same calls as CUDA graphs; what they return is not kept, so they share one pool."""
-    stream, pool = torch.cuda.Stream(), None
-    found: dict[tuple[str, int], Call] = {}
-    for name, call in calls.items():
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            call()
-            call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            call()
-        pool, found[name] = graph.pool(), graph.replay
-    return found
-
-
 def random_like(tokens: Tensor, count: int) -> Tensor:
     """Random tokens `[B, count, C]`; the user's random numbers stay untouched."""
     chance = torch.Generator(tokens.device).manual_seed(0)
@@ -416,23 +361,3 @@ def at_least(name: str, value: int) -> None:
     """Raise `ConfigError` for a number below 1."""
     if not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name}={value!r}: must be a whole number >= 1")
-
-
-def device_name(device: torch.device) -> str:
-    """What the device is, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        return f"CPU {platform.machine()} {torch.get_num_threads()} threads"
-    return device.type
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides on speed."""
-    found = {"vistoken": __version__, "torch": torch.__version__}
-    for package in ("triton", "timm", "transformers", "open_clip_torch"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
