@@ -205,6 +205,8 @@ def test_measures_a_real_model(method):
     times = (*table.block_ms, *table.attn_ms, table.rest_ms, table.dense_ms)
     assert all(0 < ms < 1e4 for ms in times)
     assert all(ms >= 0 for ms in (*table.mlp_ms, *table.reduce_ms))
+    whole = table.rest_ms + 3 * table.block_ms[-1]
+    assert whole == pytest.approx(table.dense_ms), "the blocks make up the model"
     assert (table.case.batch, table.case.width, table.case.heads) == (2, 32, 2)
     assert (table.case.method, table.case.mode, table.case.dtype) == (method, "eager", "float32")
 

@@ -39,7 +39,8 @@ class LatencyTable:
         shape: lengths and costs of the model.
         where: whether tokens go before the MLP branch or after the block.
         tokens: token counts measured, rising; the last is N0.
-        block_ms: the model's own block, at each count.
+        block_ms: the model's own block, at each count; all columns are scaled so that it makes up
+            `dense_ms` at N0.
         attn_ms: the wrapped block up to the point of reduction.
         mlp_ms: the rest of the wrapped block.
         reduce_ms: what reducing adds: signals, matching and merging.
