@@ -50,7 +50,15 @@ def device_reason(device: torch.device) -> str | None:
     """The reason why a device does not run Triton kernels, or None."""
     if device.type != "cuda":
         return f"the model is on {device.type}"
-    return _gpu_reason(device.index or 0)
+    return _constant(device.index or 0)
+
+
+def _constant(index: int) -> str | None:
+    """`_gpu_reason` for compilers, which must not trace into it."""
+    return _gpu_reason(index)
+
+
+_constant = torch.compiler.assume_constant_result(_constant)
 
 
 @cache

@@ -5,6 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vistoken.kernels.dispatch import ANY, trains, use_triton
+
+
+def reduce_tokens(
+    x: Tensor,
+    keep: Tensor,
+    src: Tensor | None,
+    dst: Tensor | None,
+    weight: Tensor | None = None,
+    normalize: bool = True,
+) -> Tensor:
+    """`take`, or `merge` where tokens merge: in one launch where there is a kernel.
+
+    Arguments as for `merge`; compilers and autograd see the torch operators.
+    """
+    if use_triton(x, ANY) and not torch.compiler.is_compiling() and not trains(x, weight):
+        from vistoken.kernels.triton_chain import reduce_tokens_triton
+
+        return reduce_tokens_triton(x.contiguous(), keep, src, dst, weight, normalize)
+    if src is None or dst is None:
+        return take(x, keep)
+    return merge(x, keep, src, dst, weight, normalize)
+
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Tokens of x at `index`.

@@ -21,18 +21,18 @@ def add_reduce_norm_triton(
     gamma: Tensor | None,
     slots: Slots | None,
     size: Tensor | None,
-    norm: Norm,
+    norm: Norm | None,
     warps: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See `vistoken.kernels.chain.add_reduce_norm`."""
+    """See `vistoken.kernels.chain.add_reduce_norm`; without a norm the second is the first."""
     batch, tokens, width = x.shape
     merges = slots is not None and slots.src is not None
     slots_out = tokens if slots is None else slots.keep.shape[1]
     y = x.new_empty(batch, slots_out, width)
-    h = torch.empty_like(y)
+    h = y if norm is None else torch.empty_like(y)
     sized = merges or (size is not None and slots is not None)
     size_out = x.new_empty(batch, slots_out, dtype=torch.float32) if sized else size
-    weight, bias, eps = norm
+    weight, bias, eps = (x, x, 0.0) if norm is None else norm
     sources = slots.src.shape[1] if slots is not None and slots.src is not None else 0
 
     parts = (None,) * 5 if slots is None else _fields(slots)
@@ -47,10 +47,23 @@ def add_reduce_norm_triton(
         MERGES=merges, WEIGHTED=slots is not None and slots.weight is not None,
         GAIN=slots is not None and slots.gain is not None,
         NORMALIZE=slots is None or slots.normalize, SIZED=size is not None, SIZE_OUT=sized,
-        BLOCK_C=block, BLOCK_S=max(16, triton.next_power_of_2(sources)),
+        NORM=norm is not None, BLOCK_C=block, BLOCK_S=max(16, triton.next_power_of_2(sources)),
         num_warps=warps or (1 if block <= 512 else 2 if block <= 1024 else 4),
     )  # fmt: skip
     return y, h, size_out
+
+
+def reduce_tokens_triton(
+    x: Tensor,
+    keep: Tensor,
+    src: Tensor | None,
+    dst: Tensor | None,
+    weight: Tensor | None,
+    normalize: bool,
+) -> Tensor:
+    """See `vistoken.kernels.reduce.reduce_tokens`."""
+    slots = Slots(keep, src, dst, weight, None, normalize)
+    return add_reduce_norm_triton(x, None, None, slots, None, None)[0]
 
 
 def _fields(slots: Slots) -> tuple[Tensor | None, ...]:
@@ -71,7 +84,8 @@ def _add_reduce_norm(
     tokens, slots, sources, width, eps,
     BRANCH: tl.constexpr, GAMMA: tl.constexpr, INDEXED: tl.constexpr, MERGES: tl.constexpr,
     WEIGHTED: tl.constexpr, GAIN: tl.constexpr, NORMALIZE: tl.constexpr,
-    SIZED: tl.constexpr, SIZE_OUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    SIZED: tl.constexpr, SIZE_OUT: tl.constexpr, NORM: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     slot, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
@@ -123,11 +137,12 @@ def _add_reduce_norm(
     out = (b * slots + slot) * width + c
     rounded = value.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + out, rounded, mask=inside)
-    value = tl.where(inside, rounded.to(tl.float32), 0.0)
-    mean = tl.sum(value, 0) / width
-    centred = tl.where(inside, value - mean, 0.0)
-    spread = tl.sum(centred * centred, 0) / width
-    norm = centred * (1.0 / tl.sqrt(spread + eps))
-    norm = norm * tl.load(norm_weight_ptr + c, mask=inside, other=0.0).to(tl.float32)
-    norm += tl.load(norm_bias_ptr + c, mask=inside, other=0.0).to(tl.float32)
-    tl.store(h_ptr + out, norm.to(h_ptr.dtype.element_ty), mask=inside)
+    if NORM:
+        value = tl.where(inside, rounded.to(tl.float32), 0.0)
+        mean = tl.sum(value, 0) / width
+        centred = tl.where(inside, value - mean, 0.0)
+        spread = tl.sum(centred * centred, 0) / width
+        norm = centred * (1.0 / tl.sqrt(spread + eps))
+        norm = norm * tl.load(norm_weight_ptr + c, mask=inside, other=0.0).to(tl.float32)
+        norm += tl.load(norm_bias_ptr + c, mask=inside, other=0.0).to(tl.float32)
+        tl.store(h_ptr + out, norm.to(h_ptr.dtype.element_ty), mask=inside)

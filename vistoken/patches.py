@@ -38,7 +38,8 @@ def unfold_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows, cols = height // p_h, width // p_w
     patches = x.reshape(batch, channels, rows, p_h, cols, p_w).permute(0, 2, 4, 1, 3, 5)
     patches = patches.reshape(batch, rows * cols, -1)
-    return F.linear(patches, weight.flatten(1), bias).mT.unflatten(2, (rows, cols))
+    tokens: Tensor = F.linear(patches, weight.flatten(1), bias)
+    return tokens.mT.view(batch, -1, rows, cols)
 
 
 def why_not(conv: Any) -> str | None:

@@ -47,14 +47,11 @@ class Assignment:
 
     def reduce(self, x: Tensor) -> Tensor:
         """Tokens `[B, N, C]` to slots `[B, M, C]`."""
-        if self.src is None or self.dst is None:
-            return ops.take(x, self.keep)
-        if self.rule == "sum":
-            return ops.merge(x, self.keep, self.src, self.dst, self.weight, normalize=False)
-        mean = ops.merge(x, self.keep, self.src, self.dst, self.weight)
-        if self.rule == "mean":
-            return mean
-        return ops.rescale(mean, ops.largest_norm(x, self.keep, self.src, self.dst))
+        slots = (self.keep, self.src, self.dst)
+        reduced = ops.reduce_tokens(x, *slots, self.weight, self.rule != "sum")
+        if self.rule != "mlerp" or self.src is None or self.dst is None:
+            return reduced
+        return ops.rescale(reduced, ops.largest_norm(x, self.keep, self.src, self.dst))
 
     def select(self, x: Tensor) -> Tensor:
         """Of any per-token tensor `[B, N]` or `[B, N, C]` the entries of the kept tokens."""

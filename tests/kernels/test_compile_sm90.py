@@ -114,7 +114,7 @@ for merges, weighted, gain, sized, branch, gamma in [
     CASES.append(("chain", {"eps": "fp32"}, {
         "BRANCH": branch, "GAMMA": gamma, "INDEXED": merges or sized, "MERGES": merges,
         "WEIGHTED": weighted, "GAIN": gain, "NORMALIZE": True, "SIZED": sized,
-        "SIZE_OUT": merges or sized, "BLOCK_C": 512, "BLOCK_S": 16}))  # fmt: skip
+        "NORM": not gain, "SIZE_OUT": merges or sized, "BLOCK_C": 512, "BLOCK_S": 16}))  # fmt: skip
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import vistoken
-from vistoken.kernels import attention, biased_attention, bipartite, match, ranking
+from vistoken.kernels import attention, biased_attention, bipartite, dispatch, match, ranking
 from vistoken.kernels.biased_attention_backward import biased_attention_backward
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -178,3 +178,15 @@ def test_registration_imports_no_triton():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "vistoken.biased_attention.default"
+
+
+def test_a_compiler_takes_the_choice_of_path_as_a_constant(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: (9, 0))
+    dispatch._gpu_reason.cache_clear()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def call(x):
+        return x + 1 if dispatch._constant(0) is None else x - 1
+
+    assert call(torch.zeros(2)).tolist() == [1, 1]
+    dispatch._gpu_reason.cache_clear()

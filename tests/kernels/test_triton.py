@@ -9,12 +9,13 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run with TRITON_INTERPRET=1 where there is no GPU", allow_module_level=True)
 
 import vistoken.kernels.biased_attention as module
+import vistoken.kernels.reduce as reduce_module
 from vistoken.kernels.biased_attention import biased_attention
 from vistoken.kernels.bipartite import cosine_scores, head_mean, pair_up
 from vistoken.kernels.chain import Slots, add_reduce_norm_reference
 from vistoken.kernels.match import best_match
 from vistoken.kernels.ranking import rank_tokens_reference
-from vistoken.kernels.reduce import take
+from vistoken.kernels.reduce import reduce_tokens, take
 from vistoken.kernels.triton_biased_attention import biased_attention_triton
 from vistoken.kernels.triton_bipartite import bipartite_triton
 from vistoken.kernels.triton_chain import add_reduce_norm_triton
@@ -201,3 +202,19 @@ def test_sizes_in_place_of_a_bias_go_every_way(monkeypatch):
     torch.testing.assert_close(kernel_row, row, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="bias and size"):
         biased_attention(q, k, v, size, 0.2, size=size)
+
+
+@pytest.mark.parametrize("kind", ["prune", "merge", "weighted", "sum"])
+def test_reduce_tokens(kind, monkeypatch):
+    batch, tokens, width, slots, sources = 2, 23, 40, 8, 11
+    x = draw(batch, width, tokens).mT  # not contiguous
+    order = torch.stack([torch.randperm(tokens) for _ in range(batch)]).to(DEVICE)
+    keep, src = order[:, :slots], order[:, slots : slots + sources]
+    dst = torch.randint(0, slots, (batch, sources), device=DEVICE)
+    weight = draw(batch, tokens, seed=4).abs() + 0.1 if kind != "merge" else None
+    args = (keep, None, None) if kind == "prune" else (keep, src, dst, weight, kind != "sum")
+    expected = reduce_tokens(x.double(), *args)
+    monkeypatch.setattr(reduce_module, "use_triton", lambda x, dtypes=None: True)
+    torch.testing.assert_close(reduce_tokens(x, *args).double(), expected, rtol=1e-4, atol=1e-5)
+    x = x.clone().requires_grad_()
+    assert reduce_tokens(x, *args).requires_grad, "autograd sees the torch operators"
