@@ -8,9 +8,11 @@ python benchmarks/neighborhood.py --bench --seconds 400 --out benchmarks/results
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import itertools
 import json
+import math
 import random
 import statistics
 import sys
@@ -134,14 +136,14 @@ def relative(value: Tensor, exact: Tensor) -> float:
 # --- tiles ---------------------------------------------------------------------------------------
 
 
-def tile_list(problem: Problem, kind: str, limit: int, seed: int = 0) -> list[Tile]:
-    """Tiles to try: query sides times walked shapes times warps and stages, cheapest first."""
+def tile_list(problem: Problem, kind: str, limit: int) -> list[Tile]:
+    """Tiles to try first: own sides, walked shapes, warps; the cheapest by the rule come first."""
     shape = shape_of(problem.grid, problem.hood, problem.dim, 2)
     rank = len(problem.grid)
     sides = {
         1: [(1, 1, 64), (1, 1, 128), (1, 1, 32)],
         2: [(1, *xy) for xy in ((8, 8), (4, 16), (16, 4), (8, 16), (16, 8), (8, 7), (7, 9), (4, 8),
-                                (9, 14), (4, 14), (14, 4), (5, 12), (14, 9), (10, 12), (4, 4))],
+                                (9, 14), (4, 14), (14, 4), (5, 12), (14, 9), (10, 12), (13, 5))],
         3: [(2, 4, 8), (4, 4, 4), (4, 4, 8), (2, 7, 7), (2, 8, 8), (1, 8, 8), (3, 4, 5)],
     }[rank]  # fmt: skip
     found: dict[Tile, float] = {}
@@ -158,15 +160,16 @@ def tile_list(problem: Problem, kind: str, limit: int, seed: int = 0) -> list[Ti
                         continue
                     if warps == 4 and bare.rows * problem.dim > 128 * 64:
                         continue
-                    found[Tile(own, walk, warps)] = cost(shape, kind, bare)
-    order = sorted(found, key=found.get)[:limit]
-    out = []
-    for i, tile in enumerate(order):
-        out.append(tile)
-        if i < limit // 3:
-            out.append(Tile(tile.own, tile.walk, tile.warps, 3))
-            out.append(Tile(tile.own, tile.walk, tile.warps, 2, True))
-    return out
+                    found[Tile(own, walk, warps, 3)] = cost(shape, kind, bare)
+    return sorted(found, key=found.get)[:limit]
+
+
+def variants(tile: Tile) -> list[Tile]:
+    """The same shapes compiled otherwise."""
+    changes = [{"stages": 2}, {"stages": 4}, {"registers": 128}, {"registers": 168},
+               {"registers": 96}, {"head_first": True},
+               {"stages": 2, "registers": 128}, {"stages": 4, "registers": 128}]  # fmt: skip
+    return [dataclasses.replace(tile, **change) for change in changes]
 
 
 def cdiv(n: int, by: int) -> int:
@@ -207,56 +210,69 @@ def compile_one(problem: Problem, kind: str, tile: Tile) -> str:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
 
 
+def time_tile(call, tile: Tile, base, error: str) -> tuple[float, str]:
+    """Milliseconds, or why there are none."""
+    if error:
+        return math.inf, error
+    try:
+        far = max(map(relative, call(tile), base))
+        if not far < 5e-3:
+            return math.inf, f"differs by {far:.1e}"
+        return graph_ms(lambda: call(tile), 5, 7), ""
+    except Exception as problem:
+        return math.inf, f"{type(problem).__name__} {str(problem)[:80]}"
+
+
 def tune(problems: list[Problem], kinds: list[str], limit: int, clock: Clock, workers: int):
-    """Times of every tile of every pass; a tile that fails or differs is named and skipped."""
-    results = []
+    """Times of many tiles of every pass; a tile that fails or differs is named and skipped."""
+    best: dict[tuple[Problem, str], dict[Tile, float]] = {}
     context = torch.multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        jobs = {}
-        for problem in problems:
-            for kind in kinds:
-                for tile in tile_list(problem, kind, limit):
-                    jobs[(problem, kind, tile)] = pool.submit(compile_one, problem, kind, tile)
-        say(len(jobs), "tiles to compile")
-        for problem in problems:
-            calls = passes(problem)
-            for kind in kinds:
-                if clock.over():
-                    say("out of time before", problem.name, kind)
-                    continue
-                base = calls[kind](None)
-                chosen = choose(shape_of(problem.grid, problem.hood, problem.dim, 2), kind)
-                rows = [(graph_ms(lambda: calls[kind](None)), chosen, "rule")]  # noqa: B023
-                failed = 0
-                for tile in tile_list(problem, kind, limit):
-                    if clock.over():
-                        break
-                    error = jobs[(problem, kind, tile)].result()
-                    if not error:
-                        try:
-                            got = calls[kind](tile)
-                            far = max(map(relative, got, base))
-                            if not far < 5e-3:
-                                error = f"differs by {far:.1e}"
-                            else:
-                                ms = graph_ms(lambda: calls[kind](tile), 5, 7)  # noqa: B023
-                                rows.append((ms, tile, ""))
-                        except Exception as problem_error:
-                            error = f"{type(problem_error).__name__} {str(problem_error)[:80]}"
-                    if error:
-                        failed += 1
-                        say("  failed", kind, astuple(tile), error)
-                rows.sort(key=lambda row: row[0])
-                say(f"== {problem.name} {kind}: {len(rows)} timed, {failed} failed")
-                for ms, tile, note in rows[:6] + [r for r in rows[6:] if r[2]]:
-                    say(f"   {ms:.4f} ms {astuple(tile)} {note}")
-                results += [
-                    {"case": problem.name, "pass": kind, "ms": ms, "tile": astuple(tile)}
-                    for ms, tile, _ in rows[:12]
-                ]
-        for job in jobs.values():
+        for stage in ("shapes", "variants"):
+            jobs = {}
+            for problem in problems:
+                for kind in kinds:
+                    times = best.setdefault((problem, kind), {})
+                    tiles = tile_list(problem, kind, limit)
+                    if stage == "variants":
+                        front = sorted(times, key=times.get)[:3]
+                        tiles = [new for tile in front for new in variants(tile)]
+                    for tile in tiles:
+                        if tile not in times:
+                            job = pool.submit(compile_one, problem, kind, tile)
+                            jobs.setdefault((problem, kind), {})[tile] = job
+            say("--", stage, sum(map(len, jobs.values())), "tiles")
+            for (problem, kind), tiles in jobs.items():
+                time_all(problem, kind, tiles, best[problem, kind], clock)
+        pool.shutdown(cancel_futures=True)
+    return [
+        {"case": problem.name, "pass": kind, "ms": ms, "tile": dataclasses.asdict(tile)}
+        for (problem, kind), times in best.items()
+        for tile, ms in sorted(times.items(), key=lambda item: item[1])[:12]
+    ]
+
+
+def time_all(problem: Problem, kind: str, tiles, times: dict[Tile, float], clock: Clock) -> None:
+    """Add the times of compiled tiles of one pass, and print the best so far."""
+    if clock.over():
+        say("out of time before", problem.name, kind)
+        return
+    call = passes(problem)[kind]
+    base = call(None)
+    rule = graph_ms(lambda: call(None), 5, 7)
+    for tile, job in tiles.items():
+        if clock.over():
             job.cancel()
-    return results
+            continue
+        ms, error = time_tile(call, tile, base, job.result())
+        if error:
+            say("   failed", astuple(tile), error)
+        else:
+            times[tile] = ms
+    chosen = choose(shape_of(problem.grid, problem.hood, problem.dim, 2), kind)
+    say(f"== {problem.name} {kind}: {len(times)} timed; rule {rule:.4f} ms {astuple(chosen)}")
+    for tile in sorted(times, key=times.get)[:6]:
+        say(f"   {times[tile]:.4f} ms {astuple(tile)}")
 
 
 # --- agreement -----------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ class Tile:
     stages: int = 2
     head_first: bool = False
     """Programs of neighboring numbers work on neighboring heads, not on neighboring tiles."""
+    registers: int | None = None
+    """Most registers of a thread; fewer let more programs share a multiprocessor."""
 
     @property
     def rows(self) -> int:

@@ -20,10 +20,12 @@ from vistoken.kernels.triton_neighborhood_geometry import (
     coordinates,
     load_rows,
     members,
+    offsets,
     place,
     related,
     step,
     store_rows,
+    visible,
 )
 from vistoken.kernels.triton_neighborhood_launch import (
     LOG2E,
@@ -60,7 +62,7 @@ def _forward(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ONE_BAND: tl.constexpr, WIDE: tl.constexpr,
     HEAD_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    b, h, rx, ry, rz, ix, iy, iz = place(heads, dx, dy, dz, tx, ty, tz, DILATED, RANK, HEAD_FIRST)
+    b, h, rx, ry, rz, ix, iy, iz = place(dx, dy, dz, ty, tz, DILATED, RANK, HEAD_FIRST)
     lx, ly, lz = (
         members(nx, dx, rx, DILATED),
         members(ny, dy, ry, DILATED),
@@ -71,9 +73,9 @@ def _forward(
         if (x0 >= lx) | (y0 >= ly) | (z0 >= lz):
             return
     dims = tl.arange(0, BLOCK_D)
-    px, py, pz = coordinates(tl.arange(0, BM), TX, TY, TZ, BM)
+    px, py, pz = coordinates(tl.arange(0, BM), TX, TY, TZ, BM, RANK)
     px, py, pz = px + x0, py + y0, pz + z0
-    inside = (px < lx) & (py < ly) & (pz < lz)
+    inside = visible(px, py, pz, lx, ly, lz, RANK)
     px, py, pz = tl.minimum(px, lx - 1), tl.minimum(py, ly - 1), tl.minimum(pz, lz - 1)
     low_x, high_x = bounds(px, lx, wx, jx, CX, STRIDED, False)
     low_y, high_y = bounds(py, ly, wy, jy, CY, STRIDED, False)
@@ -87,26 +89,22 @@ def _forward(
     gx, gy, gz = px, py, pz
     if DILATED:
         gx, gy, gz = px * dx + rx, py * dy + ry, pz * dz + rz
-    row = (((b * nx + gx) * ny + gy) * nz + gz) * heads + h
-    q = load_rows(
-        q_ptr + b * sqb + h * sqh,
-        gx.to(tl.int64) * sqx + gy * sqy + gz * sqz,
-        inside,
-        dims,
-        D,
-        BLOCK_D,
-    )
+    own_q = offsets(gx, gy, gz, sqx, sqy, sqz, RANK, WIDE)
+    q = load_rows(q_ptr + b * sqb + h * sqh, own_q, inside, dims, D, BLOCK_D)
+    row = offsets(gx, gy, gz, ny * nz * heads, nz * heads, heads, RANK, WIDE) + h
+    entry = b * (nx * ny * nz) * heads
     hk = h // group
     k_ptr += b * skb + hk * skh + rx * skx + ry * sky + rz * skz
     v_ptr += b * svb + hk * svh + rx * svx + ry * svy + rz * svz
     if DILATED:
         skx, sky, skz = skx * dx, sky * dy, skz * dz
         svx, svy, svz = svx * dx, svy * dy, svz * dz
-    cx, cy, cz = coordinates(tl.arange(0, BN), KX, KY, KZ, BN)
+    cx, cy, cz = coordinates(tl.arange(0, BN), KX, KY, KZ, BN, RANK)
     bits = column_word(cx, cy, cz, KX, KY, KZ, RANK)
     if WIDE:
         bx, by, bz = bx.to(tl.int64), by.to(tl.int64), bz.to(tl.int64)
-    k_offset, v_offset = cx * skx + cy * sky + cz * skz, cx * svx + cy * svy + cz * svz
+    k_offset = offsets(cx, cy, cz, skx, sky, skz, RANK, False)
+    v_offset = offsets(cx, cy, cz, svx, svy, svz, RANK, False)
     table_y, table_z = 2 * wy - 1, 2 * wz - 1
     if RPB:
         rpb_ptr += h * (2 * wx - 1) * table_y * table_z
@@ -121,30 +119,33 @@ def _forward(
         extra_k_ptr += b * seb + hk * seh
         extra_v_ptr += b * sfb + hk * sfh
         for start in range(0, extra, EXTRA):
-            at = start + tl.arange(0, EXTRA)
-            k = load_rows(extra_k_ptr, at * sen, at < extra, dims, D, BLOCK_D)
-            v = load_rows(extra_v_ptr, at * sfn, at < extra, dims, D, BLOCK_D)
+            nth = start + tl.arange(0, EXTRA)
+            k = load_rows(extra_k_ptr, nth * sen, nth < extra, dims, D, BLOCK_D)
+            v = load_rows(extra_v_ptr, nth * sfn, nth < extra, dims, D, BLOCK_D)
             score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             if RPB:
                 score *= scale2
-            score = tl.where((at < extra)[None, :], score, float("-inf"))
+            score = tl.where((nth < extra)[None, :], score, float("-inf"))
             top, total, acc = online(score, top, total, acc, v, gain, PRECISION)
     for t in range(0, steps):
         ox, oy, oz = step(t, bx, by, bz, steps_y, steps_z, KX, KY, KZ, RANK, ONE_BAND)
-        seen = (cx < ex - ox) & (cy < ey - oy) & (cz < ez - oz)
-        k = load_rows(k_ptr + ox * skx + oy * sky + oz * skz, k_offset, seen, dims, D, BLOCK_D)
+        seen = visible(cx, cy, cz, ex - ox, ey - oy, ez - oz, RANK)
+        corner_k = offsets(ox, oy, oz, skx, sky, skz, RANK, False)
+        k = load_rows(k_ptr + corner_k, k_offset, seen, dims, D, BLOCK_D)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         ok = related(low_x, high_x, low_y, high_y, low_z, high_z, ox, oy, oz, cx, cy, cz, bits,
                      KX, KY, KZ, RANK)  # fmt: skip
         if RPB:
-            at = (ox * table_y + oy) * table_z + oz + column
-            bias = tl.load(rpb_ptr + (at[None, :] - own[:, None]), mask=ok, other=0.0)
+            slot = (ox * table_y + oy) * table_z + oz + column
+            bias = tl.load(rpb_ptr + (slot[None, :] - own[:, None]), mask=ok, other=0.0)
             score = score * scale2 + bias.to(tl.float32) * 1.4426950408889634
         score = tl.where(ok, score, float("-inf"))
-        v = load_rows(v_ptr + ox * svx + oy * svy + oz * svz, v_offset, seen, dims, D, BLOCK_D)
+        corner_v = offsets(ox, oy, oz, svx, svy, svz, RANK, False)
+        v = load_rows(v_ptr + corner_v, v_offset, seen, dims, D, BLOCK_D)
         top, total, acc = online(score, top, total, acc, v, gain, PRECISION)
-    store_rows(out_ptr, row * D, inside, dims, acc / total[:, None], D, BLOCK_D)
-    tl.store(lse_ptr + row, (top * gain + tl.log2(total)) * 0.6931471805599453, mask=inside)
+    acc = acc * (1.0 / total)[:, None]
+    store_rows(out_ptr + entry * D, row * D, inside, dims, acc, D, BLOCK_D)
+    tl.store(lse_ptr + entry + row, (top * gain + tl.log2(total)) * 0.6931471805599453, mask=inside)
 
 
 def forward(
@@ -167,7 +168,7 @@ def forward(
     extra_v = None if extra_v is None else rows_packed(extra_v)
     count = 0 if extra_k is None else extra_k.shape[1]
     heads = q.shape[-2]
-    _forward[(launch.programs * q.shape[0] * heads,)](
+    _forward[launch.programs(q.shape[0], heads)](
         q, k, v, out, lse, q if extra_k is None else extra_k, q if extra_v is None else extra_v,
         q if rpb is None else rpb.contiguous(),
         *strides(q), *strides(k), *strides(v), *extras(extra_k), *extras(extra_v),

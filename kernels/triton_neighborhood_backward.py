@@ -17,10 +17,12 @@ from vistoken.kernels.triton_neighborhood_geometry import (
     coordinates,
     load_rows,
     members,
+    offsets,
     place,
     related,
     step,
     store_rows,
+    visible,
 )
 from vistoken.kernels.triton_neighborhood_launch import SIZES
 
@@ -40,7 +42,7 @@ def _query(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ONE_BAND: tl.constexpr, WIDE: tl.constexpr,
     HEAD_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    b, h, rx, ry, rz, ix, iy, iz = place(heads, dx, dy, dz, tx, ty, tz, DILATED, RANK, HEAD_FIRST)
+    b, h, rx, ry, rz, ix, iy, iz = place(dx, dy, dz, ty, tz, DILATED, RANK, HEAD_FIRST)
     lx, ly = members(nx, dx, rx, DILATED), members(ny, dy, ry, DILATED)
     lz = members(nz, dz, rz, DILATED)
     x0, y0, z0 = ix * TX, iy * TY, iz * TZ
@@ -48,9 +50,9 @@ def _query(
         if (x0 >= lx) | (y0 >= ly) | (z0 >= lz):
             return
     dims = tl.arange(0, BLOCK_D)
-    px, py, pz = coordinates(tl.arange(0, BM), TX, TY, TZ, BM)
+    px, py, pz = coordinates(tl.arange(0, BM), TX, TY, TZ, BM, RANK)
     px, py, pz = px + x0, py + y0, pz + z0
-    inside = (px < lx) & (py < ly) & (pz < lz)
+    inside = visible(px, py, pz, lx, ly, lz, RANK)
     px, py, pz = tl.minimum(px, lx - 1), tl.minimum(py, ly - 1), tl.minimum(pz, lz - 1)
     low_x, high_x = bounds(px, lx, wx, jx, CX, STRIDED, False)
     low_y, high_y = bounds(py, ly, wy, jy, CY, STRIDED, False)
@@ -64,18 +66,18 @@ def _query(
     gx, gy, gz = px, py, pz
     if DILATED:
         gx, gy, gz = px * dx + rx, py * dy + ry, pz * dz + rz
-    row = (((b * nx + gx) * ny + gy) * nz + gz) * heads + h
-    gx = gx.to(tl.int64)
-    offset = gx * sqx + gy * sqy + gz * sqz
-    q = load_rows(q_ptr + b * sqb + h * sqh, offset, inside, dims, D, BLOCK_D)
-    offset = gx * sgx + gy * sgy + gz * sgz
-    grad = load_rows(grad_ptr + b * sgb + h * sgh, offset, inside, dims, D, BLOCK_D)
-    out = load_rows(out_ptr, row * D, inside, dims, D, BLOCK_D)
+    own_q = offsets(gx, gy, gz, sqx, sqy, sqz, RANK, WIDE)
+    q = load_rows(q_ptr + b * sqb + h * sqh, own_q, inside, dims, D, BLOCK_D)
+    own_grad = offsets(gx, gy, gz, sgx, sgy, sgz, RANK, WIDE)
+    grad = load_rows(grad_ptr + b * sgb + h * sgh, own_grad, inside, dims, D, BLOCK_D)
+    row = offsets(gx, gy, gz, ny * nz * heads, nz * heads, heads, RANK, WIDE) + h
+    entry = b * (nx * ny * nz) * heads
+    out = load_rows(out_ptr + entry * D, row * D, inside, dims, D, BLOCK_D)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
     if GRAD_LSE:
-        delta -= tl.load(grad_lse_ptr + row, mask=inside, other=0.0)
-    tl.store(delta_ptr + row, delta, mask=inside)
-    norm = tl.load(lse_ptr + row, mask=inside, other=0.0) * 1.4426950408889634
+        delta -= tl.load(grad_lse_ptr + entry + row, mask=inside, other=0.0)
+    tl.store(delta_ptr + entry + row, delta, mask=inside)
+    norm = tl.load(lse_ptr + entry + row, mask=inside, other=0.0) * 1.4426950408889634
 
     hk = h // group
     k_ptr += b * skb + hk * skh + rx * skx + ry * sky + rz * skz
@@ -83,11 +85,12 @@ def _query(
     if DILATED:
         skx, sky, skz = skx * dx, sky * dy, skz * dz
         svx, svy, svz = svx * dx, svy * dy, svz * dz
-    cx, cy, cz = coordinates(tl.arange(0, BN), KX, KY, KZ, BN)
+    cx, cy, cz = coordinates(tl.arange(0, BN), KX, KY, KZ, BN, RANK)
     bits = column_word(cx, cy, cz, KX, KY, KZ, RANK)
     if WIDE:
         bx, by, bz = bx.to(tl.int64), by.to(tl.int64), bz.to(tl.int64)
-    k_offset, v_offset = cx * skx + cy * sky + cz * skz, cx * svx + cy * svy + cz * svz
+    k_offset = offsets(cx, cy, cz, skx, sky, skz, RANK, False)
+    v_offset = offsets(cx, cy, cz, svx, svy, svz, RANK, False)
     table_y, table_z = 2 * wy - 1, 2 * wz - 1
     if RPB:
         rpb_ptr += h * (2 * wx - 1) * table_y * table_z
@@ -99,33 +102,35 @@ def _query(
         extra_k_ptr += b * seb + hk * seh
         extra_v_ptr += b * sfb + hk * sfh
         for start in range(0, extra, EXTRA):
-            at = start + tl.arange(0, EXTRA)
-            k = load_rows(extra_k_ptr, at * sen, at < extra, dims, D, BLOCK_D)
-            v = load_rows(extra_v_ptr, at * sfn, at < extra, dims, D, BLOCK_D)
+            nth = start + tl.arange(0, EXTRA)
+            k = load_rows(extra_k_ptr, nth * sen, nth < extra, dims, D, BLOCK_D)
+            v = load_rows(extra_v_ptr, nth * sfn, nth < extra, dims, D, BLOCK_D)
             score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            score = tl.where((at < extra)[None, :], score * scale2, float("-inf"))
+            score = tl.where((nth < extra)[None, :], score * scale2, float("-inf"))
             p = tl.exp2(score - norm[:, None])
             dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
             ds = (p * (dp - delta[:, None])).to(k.dtype)
             dq = tl.dot(ds, k, dq, input_precision=PRECISION)
     for t in range(0, steps):
         ox, oy, oz = step(t, bx, by, bz, steps_y, steps_z, KX, KY, KZ, RANK, ONE_BAND)
-        seen = (cx < ex - ox) & (cy < ey - oy) & (cz < ez - oz)
-        k = load_rows(k_ptr + ox * skx + oy * sky + oz * skz, k_offset, seen, dims, D, BLOCK_D)
+        seen = visible(cx, cy, cz, ex - ox, ey - oy, ez - oz, RANK)
+        corner_k = offsets(ox, oy, oz, skx, sky, skz, RANK, False)
+        k = load_rows(k_ptr + corner_k, k_offset, seen, dims, D, BLOCK_D)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         ok = related(low_x, high_x, low_y, high_y, low_z, high_z, ox, oy, oz, cx, cy, cz, bits,
                      KX, KY, KZ, RANK)  # fmt: skip
-        v = load_rows(v_ptr + ox * svx + oy * svy + oz * svz, v_offset, seen, dims, D, BLOCK_D)
+        corner_v = offsets(ox, oy, oz, svx, svy, svz, RANK, False)
+        v = load_rows(v_ptr + corner_v, v_offset, seen, dims, D, BLOCK_D)
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         score = score * scale2 - norm[:, None]
         if RPB:
-            at = (ox * table_y + oy) * table_z + oz + column
-            bias = tl.load(rpb_ptr + (at[None, :] - own[:, None]), mask=ok, other=0.0)
+            slot = (ox * table_y + oy) * table_z + oz + column
+            bias = tl.load(rpb_ptr + (slot[None, :] - own[:, None]), mask=ok, other=0.0)
             score += bias.to(tl.float32) * 1.4426950408889634
         p = tl.exp2(tl.where(ok, score, float("-inf")))
         ds = (p * (dp - delta[:, None])).to(k.dtype)
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
-    store_rows(dq_ptr, row * D, inside, dims, dq * scale, D, BLOCK_D)
+    store_rows(dq_ptr + entry * D, row * D, inside, dims, dq * scale, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -139,11 +144,9 @@ def _key(
     TX: tl.constexpr, TY: tl.constexpr, TZ: tl.constexpr, BM: tl.constexpr,
     KX: tl.constexpr, KY: tl.constexpr, KZ: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ONE_BAND: tl.constexpr, WIDE: tl.constexpr,
-    HEAD_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_FIRST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    b, hk, rx, ry, rz, ix, iy, iz = place(
-        heads // group, dx, dy, dz, tx, ty, tz, DILATED, RANK, HEAD_FIRST
-    )
+    b, hk, rx, ry, rz, ix, iy, iz = place(dx, dy, dz, ty, tz, DILATED, RANK, HEAD_FIRST)
     lx, ly = members(nx, dx, rx, DILATED), members(ny, dy, ry, DILATED)
     lz = members(nz, dz, rz, DILATED)
     x0, y0, z0 = ix * TX, iy * TY, iz * TZ
@@ -151,9 +154,9 @@ def _key(
         if (x0 >= lx) | (y0 >= ly) | (z0 >= lz):
             return
     dims = tl.arange(0, BLOCK_D)
-    px, py, pz = coordinates(tl.arange(0, BM), TX, TY, TZ, BM)
+    px, py, pz = coordinates(tl.arange(0, BM), TX, TY, TZ, BM, RANK)
     px, py, pz = px + x0, py + y0, pz + z0
-    inside = (px < lx) & (py < ly) & (pz < lz)
+    inside = visible(px, py, pz, lx, ly, lz, RANK)
     px, py, pz = tl.minimum(px, lx - 1), tl.minimum(py, ly - 1), tl.minimum(pz, lz - 1)
     low_x, high_x = bounds(px, lx, wx, jx, CX, STRIDED, True)
     low_y, high_y = bounds(py, ly, wy, jy, CY, STRIDED, True)
@@ -167,12 +170,13 @@ def _key(
     gx, gy, gz = px, py, pz
     if DILATED:
         gx, gy, gz = px * dx + rx, py * dy + ry, pz * dz + rz
-    row = (((b * nx + gx) * ny + gy) * nz + gz) * (heads // group) + hk
-    gx = gx.to(tl.int64)
-    offset = gx * skx + gy * sky + gz * skz
-    k = load_rows(k_ptr + b * skb + hk * skh, offset, inside, dims, D, BLOCK_D)
-    offset = gx * svx + gy * svy + gz * svz
-    v = load_rows(v_ptr + b * svb + hk * svh, offset, inside, dims, D, BLOCK_D)
+    own_k = offsets(gx, gy, gz, skx, sky, skz, RANK, WIDE)
+    k = load_rows(k_ptr + b * skb + hk * skh, own_k, inside, dims, D, BLOCK_D)
+    own_v = offsets(gx, gy, gz, svx, svy, svz, RANK, WIDE)
+    v = load_rows(v_ptr + b * svb + hk * svh, own_v, inside, dims, D, BLOCK_D)
+    stride = heads // group
+    row = offsets(gx, gy, gz, ny * nz * stride, nz * stride, stride, RANK, WIDE) + hk
+    entry = b * (nx * ny * nz) * stride
 
     first = hk * group
     q_ptr += b * sqb + first * sqh + rx * sqx + ry * sqy + rz * sqz
@@ -185,12 +189,13 @@ def _key(
         sqx, sqy, sqz = sqx * dx, sqy * dy, sqz * dz
         sgx, sgy, sgz = sgx * dx, sgy * dy, sgz * dz
         srx, sry, srz = srx * dx, sry * dy, srz * dz
-    cx, cy, cz = coordinates(tl.arange(0, BN), KX, KY, KZ, BN)
+    cx, cy, cz = coordinates(tl.arange(0, BN), KX, KY, KZ, BN, RANK)
     bits = column_word(cx, cy, cz, KX, KY, KZ, RANK)
     if WIDE:
         bx, by, bz = bx.to(tl.int64), by.to(tl.int64), bz.to(tl.int64)
-    q_offset, g_offset = cx * sqx + cy * sqy + cz * sqz, cx * sgx + cy * sgy + cz * sgz
-    r_offset = cx * srx + cy * sry + cz * srz
+    q_offset = offsets(cx, cy, cz, sqx, sqy, sqz, RANK, False)
+    g_offset = offsets(cx, cy, cz, sgx, sgy, sgz, RANK, False)
+    r_offset = offsets(cx, cy, cz, srx, sry, srz, RANK, False)
     table_y, table_z = 2 * wy - 1, 2 * wz - 1
     if RPB:
         rpb_ptr += first * (2 * wx - 1) * table_y * table_z
@@ -202,19 +207,18 @@ def _key(
     walks = steps
     if GROUPED:
         walks = steps * group
-    for walk in range(0, walks):
+    # Naming the stages makes the small loads of lse and delta run ahead like the large ones.
+    for walk in tl.range(0, walks, num_stages=STAGES):
         t, g = walk, 0
         if GROUPED:
             t, g = walk % steps, walk // steps
         ox, oy, oz = step(t, bx, by, bz, steps_y, steps_z, KX, KY, KZ, RANK, ONE_BAND)
-        seen = (cx < ex - ox) & (cy < ey - oy) & (cz < ez - oz)
-        q = load_rows(
-            q_ptr + ox * sqx + oy * sqy + oz * sqz + g * sqh, q_offset, seen, dims, D, BLOCK_D
-        )
-        grad = load_rows(
-            grad_ptr + ox * sgx + oy * sgy + oz * sgz + g * sgh, g_offset, seen, dims, D, BLOCK_D
-        )
-        at = ox * srx + oy * sry + oz * srz + g + r_offset
+        seen = visible(cx, cy, cz, ex - ox, ey - oy, ez - oz, RANK)
+        corner_q = offsets(ox, oy, oz, sqx, sqy, sqz, RANK, False) + g * sqh
+        q = load_rows(q_ptr + corner_q, q_offset, seen, dims, D, BLOCK_D)
+        corner_g = offsets(ox, oy, oz, sgx, sgy, sgz, RANK, False) + g * sgh
+        grad = load_rows(grad_ptr + corner_g, g_offset, seen, dims, D, BLOCK_D)
+        at = offsets(ox, oy, oz, srx, sry, srz, RANK, False) + g + r_offset
         norm = tl.load(lse_ptr + at, mask=seen, other=0.0) * 1.4426950408889634
         delta = tl.load(delta_ptr + at, mask=seen, other=0.0)
         score = tl.dot(k, tl.trans(q), input_precision=PRECISION)
@@ -222,14 +226,14 @@ def _key(
                      KX, KY, KZ, RANK)  # fmt: skip
         score = score * scale2 - norm[None, :]
         if RPB:
-            at = (ox * table_y + oy) * table_z + oz + column
+            slot = (ox * table_y + oy) * table_z + oz + column
             head = rpb_ptr + g * (2 * wx - 1) * table_y * table_z
-            bias = tl.load(head + (own[:, None] - at[None, :]), mask=ok, other=0.0)
+            bias = tl.load(head + (own[:, None] - slot[None, :]), mask=ok, other=0.0)
             score += bias.to(tl.float32) * 1.4426950408889634
         p = tl.exp2(tl.where(ok, score, float("-inf")))
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
-    store_rows(dk_ptr, row * D, inside, dims, dk * scale, D, BLOCK_D)
-    store_rows(dv_ptr, row * D, inside, dims, dv, D, BLOCK_D)
+    store_rows(dk_ptr + entry * D, row * D, inside, dims, dk * scale, D, BLOCK_D)
+    store_rows(dv_ptr + entry * D, row * D, inside, dims, dv, D, BLOCK_D)

@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vistoken.kernels.neighborhood_windows import Neighborhood, group_length, window_bounds
+from vistoken.kernels.neighborhood_windows import Neighborhood
 from vistoken.kernels.triton_neighborhood_geometry import (
     bounds,
     box,
@@ -26,6 +25,7 @@ from vistoken.kernels.triton_neighborhood_geometry import (
     place,
     related,
     step,
+    visible,
 )
 from vistoken.kernels.triton_neighborhood_launch import LOG2E, SIZES, plan, strides, wide
 
@@ -47,10 +47,8 @@ def _bias(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ONE_BAND: tl.constexpr, WIDE: tl.constexpr,
     HEAD_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    share, h, rx, ry, rz, ix, iy, iz = place(
-        heads, dx, dy, dz, tx, ty, tz, DILATED, RANK, HEAD_FIRST
-    )
-    t = tl.program_id(1)
+    b, h, rx, ry, rz, ix, iy, iz = place(dx, dy, dz, ty, tz, DILATED, RANK, HEAD_FIRST)
+    share, t = b // most, (b % most).to(tl.int32)
     lx, ly = members(nx, dx, rx, DILATED), members(ny, dy, ry, DILATED)
     lz = members(nz, dz, rz, DILATED)
     x0, y0, z0 = ix * TX, iy * TY, iz * TZ
@@ -64,17 +62,17 @@ def _bias(
     if t >= tl.cdiv(ex - bx, KX) * steps_y * steps_z:
         return
     dims = tl.arange(0, BLOCK_D)
-    px, py, pz = coordinates(tl.arange(0, BM), TX, TY, TZ, BM)
+    px, py, pz = coordinates(tl.arange(0, BM), TX, TY, TZ, BM, RANK)
     px, py, pz = px + x0, py + y0, pz + z0
-    inside = (px < lx) & (py < ly) & (pz < lz)
+    inside = visible(px, py, pz, lx, ly, lz, RANK)
     px, py, pz = tl.minimum(px, lx - 1), tl.minimum(py, ly - 1), tl.minimum(pz, lz - 1)
     low_x, high_x = bounds(px, lx, wx, jx, CX, STRIDED, False)
     low_y, high_y = bounds(py, ly, wy, jy, CY, STRIDED, False)
     low_z, high_z = bounds(pz, lz, wz, jz, CZ, STRIDED, False)
-    cx, cy, cz = coordinates(tl.arange(0, BN), KX, KY, KZ, BN)
+    cx, cy, cz = coordinates(tl.arange(0, BN), KX, KY, KZ, BN, RANK)
     bits = column_word(cx, cy, cz, KX, KY, KZ, RANK)
     ox, oy, oz = step(t, bx, by, bz, steps_y, steps_z, KX, KY, KZ, RANK, ONE_BAND)
-    seen = (cx < ex - ox) & (cy < ey - oy) & (cz < ez - oz)
+    seen = visible(cx, cy, cz, ex - ox, ey - oy, ez - oz, RANK)
     ok = related(low_x, high_x, low_y, high_y, low_z, high_z, ox, oy, oz, cx, cy, cz, bits,
                  KX, KY, KZ, RANK)  # fmt: skip
     table_y, table_z = 2 * wy - 1, 2 * wz - 1
@@ -127,9 +125,10 @@ def bias_gradient(
     """Gradient of `rpb [H, 2w - 1, ...]`."""
     batch, *grid, heads, _ = q.shape
     launch = plan(q, hood, "query")
-    shares = min(batch, max(1, PROGRAMS // (launch.programs * heads)))
+    programs = launch.tiles * launch.groups * launch.steps * heads
+    shares = min(batch, max(1, PROGRAMS // programs))
     part = q.new_empty(shares, *grid, heads, math.prod(hood.window), dtype=torch.float32)
-    _bias[(launch.programs * shares * heads, launch.steps)](
+    _bias[launch.programs(shares * launch.steps, heads)](
         q, k, v, grad, lse, delta, rpb.contiguous(), part,
         *strides(q), *strides(k), *strides(v), *strides(grad),
         *launch.sizes, heads, heads // k.shape[-2], batch, shares, launch.steps, scale * LOG2E,
@@ -147,14 +146,19 @@ def from_windows(part: Tensor, hood: Neighborhood) -> Tensor:
     grid = part.shape[:rank]
     part = part.unflatten(-1, hood.window)
     for axis in range(rank):
-        w, d = hood.window[axis], hood.dilation[axis]
-        place = torch.empty(grid[axis], dtype=torch.long)
-        for first in range(d):
-            members = group_length(grid[axis], d, first)
-            low, _ = window_bounds(members, w, hood.stride[axis], False)
-            place[first::d] = torch.tensor(low) - torch.arange(members) + w - 1
-        index = (place[:, None] + torch.arange(w)).to(part.device, non_blocking=True)
-        hot = F.one_hot(index, 2 * w - 1).to(part.dtype)
+        w = hood.window[axis]
+        first = first_key_minus_query(grid[axis], w, hood.stride[axis], hood.dilation[axis], part)
+        places = first[:, None] + torch.arange(w, device=part.device) + w - 1
+        hot = places[..., None] == torch.arange(2 * w - 1, device=part.device)
         # The axis itself is first; its window is behind the open axes and the heads.
-        part = torch.tensordot(part, hot, dims=([0, rank - axis + 1], [0, 1]))
+        part = torch.tensordot(part, hot.to(part.dtype), dims=([0, rank - axis + 1], [0, 1]))
     return part
+
+
+def first_key_minus_query(length: int, window: int, stride: int, d: int, like: Tensor) -> Tensor:
+    """For every position of an axis, computed on the device: captured graphs copy nothing."""
+    position = torch.arange(length, device=like.device)
+    own, group = position // d, position % d
+    members = (length - group + d - 1) // d
+    leader = torch.minimum(own // stride * stride + stride // 2, members - 1)
+    return torch.minimum((leader - window // 2).clamp(min=0), members - window) - own

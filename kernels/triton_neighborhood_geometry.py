@@ -66,19 +66,14 @@ def box(
 
 @triton.jit
 def place(
-    heads, dx, dy, dz, tx, ty, tz, DILATED: tl.constexpr, RANK: tl.constexpr,
-    HEAD_FIRST: tl.constexpr,
+    dx, dy, dz, ty, tz, DILATED: tl.constexpr, RANK: tl.constexpr, HEAD_FIRST: tl.constexpr
 ):  # fmt: skip
     """Batch entry, head, dilation group and tile of this program."""
-    pid = tl.program_id(0)
-    tiles = tx * ty * tz
     if HEAD_FIRST:
-        h = pid % heads
-        tile = pid // heads % tiles
+        h, tile = tl.program_id(0), tl.program_id(1)
     else:
-        tile = pid % tiles
-        h = pid // tiles % heads
-    b = pid // (tiles * heads)
+        tile, h = tl.program_id(0), tl.program_id(1)
+    b = tl.program_id(2)
     rx, ry, rz = 0, 0, 0
     if DILATED:
         group = b % (dx * dy * dz)
@@ -105,12 +100,25 @@ def members(n, d, r, DILATED: tl.constexpr):
 
 
 @triton.jit
-def coordinates(at, SX: tl.constexpr, SY: tl.constexpr, SZ: tl.constexpr, BLOCK: tl.constexpr):
-    """Place of each row of a block inside its tile; rows beyond the tile are far outside."""
-    x = at // (SY * SZ)
+def coordinates(
+    at, SX: tl.constexpr, SY: tl.constexpr, SZ: tl.constexpr, BLOCK: tl.constexpr,
+    RANK: tl.constexpr,
+):  # fmt: skip
+    """Place of each row of a block in its tile; rows beyond it are far off on the first axis."""
+    x, y, z = at * 0, at * 0, at
+    if RANK > 1:
+        y, z = at // SZ, at % SZ
+    if RANK > 2:
+        x, y = y // SY, y % SY
     if SX * SY * SZ < BLOCK:
-        x = tl.where(at < SX * SY * SZ, x, 1 << 20)
-    return x, at // SZ % SY, at % SZ
+        beyond = tl.where(at < SX * SY * SZ, 0, 1 << 20)
+        if RANK == 1:
+            z += beyond
+        elif RANK == 2:
+            y += beyond
+        else:
+            x += beyond
+    return x, y, z
 
 
 @triton.jit
@@ -126,12 +134,12 @@ def word(low, high, start, SIDE: tl.constexpr, SHIFT: tl.constexpr):
 def column_word(x, y, z, SX: tl.constexpr, SY: tl.constexpr, SZ: tl.constexpr, RANK: tl.constexpr):
     """The bits of a column; beyond the tile the top bit, which no row allows."""
     one = tl.full(z.shape, 1, tl.int32)
-    bits = one << (z + (SX + SY))
+    bits = one << tl.minimum(z + (SX + SY), 31)
     if RANK > 1:
-        bits = bits | (one << (y + SX))
+        bits |= one << tl.minimum(y + SX, 31)
     if RANK > 2:
-        bits = bits | (one << tl.minimum(x, SX))
-    return tl.where(x < SX, bits, one << 31)
+        bits |= one << tl.minimum(x, 31)
+    return bits
 
 
 @triton.jit
@@ -152,8 +160,6 @@ def related(
         ok &= (y[None, :] >= (ly - oy)[:, None]) & (y[None, :] < (hy - oy)[:, None])
     if RANK > 2:
         ok &= (x[None, :] >= (lx - ox)[:, None]) & (x[None, :] < (hx - ox)[:, None])
-    else:
-        ok &= (x < SX)[None, :]
     return ok
 
 
@@ -195,3 +201,27 @@ def store_rows(base, offset, inside, dims, values, D: tl.constexpr, BLOCK_D: tl.
     if D != BLOCK_D:
         mask = mask & (dims[None, :] < D)
     tl.store(base + offset[:, None] + dims[None, :], values.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def offsets(x, y, z, sx, sy, sz, RANK: tl.constexpr, WIDE: tl.constexpr):
+    """Where rows lie from the start of their batch entry."""
+    if WIDE:
+        x, y, z = x.to(tl.int64), y.to(tl.int64), z.to(tl.int64)
+    at = z * sz
+    if RANK > 1:
+        at += y * sy
+    if RANK > 2:
+        at += x * sx
+    return at
+
+
+@triton.jit
+def visible(x, y, z, lx, ly, lz, RANK: tl.constexpr):
+    """Rows that lie before the ends of all axes."""
+    ok = z < lz
+    if RANK > 1:
+        ok &= y < ly
+    if RANK > 2:
+        ok &= x < lx
+    return ok

@@ -74,7 +74,7 @@ def query_gradient(
     extra_v = None if extra_v is None else rows_packed(extra_v)
     count = 0 if extra_k is None else extra_k.shape[1]
     heads = q.shape[-2]
-    _query[(launch.programs * q.shape[0] * heads,)](
+    _query[launch.programs(q.shape[0], heads)](
         q, k, v, grad, out, lse, lse if grad_lse is None else grad_lse.contiguous(), delta, dq,
         q if extra_k is None else extra_k, q if extra_v is None else extra_v,
         q if rpb is None else rpb.contiguous(),
@@ -102,7 +102,7 @@ def key_gradients(
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     launch = plan(q, hood, "key", tile)
     heads, key_heads = q.shape[-2], k.shape[-2]
-    _key[(launch.programs * q.shape[0] * key_heads,)](
+    _key[launch.programs(q.shape[0], key_heads)](
         q, k, v, grad, lse, delta, dk, dv, q if rpb is None else rpb.contiguous(),
         *strides(q), *strides(k), *strides(v), *strides(grad),
         *launch.sizes, heads, heads // key_heads, scale, scale * LOG2E,

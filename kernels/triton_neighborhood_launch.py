@@ -24,13 +24,20 @@ SIZES = ["nx", "ny", "nz", "wx", "wy", "wz", "jx", "jy", "jz", "dx", "dy", "dz",
 class Plan:
     """What a launch needs besides its tensors."""
 
-    programs: int
-    """Programs of one batch entry and head."""
+    tiles: int
+    """Programs of one batch entry, head and dilation group."""
+    groups: int
+    head_first: bool
     steps: int
     """Tiles that a program walks at most."""
     sizes: tuple[int, ...]
     """Grid, window, stride, dilation and tiles, three axes each."""
     constants: dict[str, Any]
+
+    def programs(self, batch: int, heads: int) -> tuple[int, int, int]:
+        """The grid of programs: neighboring tiles, or heads, run side by side."""
+        first = (heads, self.tiles) if self.head_first else (self.tiles, heads)
+        return *first, batch * self.groups
 
 
 def plan(q: Tensor, hood: Neighborhood, kind: Pass, tile: Tile | None = None) -> Plan:
@@ -54,9 +61,14 @@ def _plan(shape: Shape, kind: Pass, tile: Tile | None) -> Plan:
         "ONE_BAND": box[2] <= tile.walk[2], "HEAD_FIRST": tile.head_first,
         "PRECISION": precision(shape.bytes), "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
+    if kind == "key":
+        constants["STAGES"] = tile.stages
+    if tile.registers is not None:
+        constants["maxnreg"] = tile.registers
     sizes = *shape.lengths, *shape.window, *shape.stride, *shape.dilation, *tiles
     steps = math.prod(-(-side // t) for side, t in zip(box, tile.walk, strict=True))
-    return Plan(math.prod(shape.dilation) * math.prod(tiles), steps, sizes, constants)
+    groups = math.prod(shape.dilation)
+    return Plan(math.prod(tiles), groups, tile.head_first, steps, sizes, constants)
 
 
 def precision(bytes_: int) -> str:
