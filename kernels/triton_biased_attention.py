@@ -77,7 +77,7 @@ def padded_log2(bias: Tensor, sizes: bool) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bias_row", "tokens"])
 def _log2(bias_ptr, out_ptr, bias_row, tokens, width, SIZES: tl.constexpr, BLOCK: tl.constexpr):
     b, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     value = tl.load(bias_ptr + b * bias_row + cols, mask=cols < tokens, other=1.0).to(tl.float32)
@@ -178,7 +178,7 @@ def _queries(
                 tl.store(row_base + cols, paid / CLASS_TOKENS, mask=cols < tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "alive_row"])
 def _attention(
     q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, row_ptr, lse_ptr, alive_ptr,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son,

@@ -83,7 +83,10 @@ def _usable(score, columns, first, end):
     return tl.where(((columns >= first) & (columns < end))[None, :], score, float("-inf"))
 
 
-@triton.jit
+COUNTS = ["tokens", "prefix", "r"]
+
+
+@triton.jit(do_not_specialize=COUNTS)
 def _match_and_place(
     key_ptr, keep_ptr, src_ptr, dst_ptr, sb, sh, sn, tokens, prefix, r,
     HEADS: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -103,7 +106,7 @@ def _match_and_place(
     _place(b, a, rank, partner, keep_ptr, src_ptr, dst_ptr, tokens, prefix, r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "prefix"])
 def _match(
     key_ptr, best_ptr, partner_ptr, sb, sh, sn, tokens, prefix,
     HEADS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr,
@@ -130,7 +133,7 @@ def _match(
     tl.store(partner_ptr + b * evens + a, partner, mask=a < evens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _place_all(
     best_ptr, partner_ptr, keep_ptr, src_ptr, dst_ptr, tokens, prefix, r,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,

@@ -76,7 +76,13 @@ def _rows(part: Tensor) -> Tensor:
     return part if part.stride(1) == 1 else part.contiguous()
 
 
-@triton.jit
+COUNTS = ["tokens", "slots", "sources"]
+ROWS = [f"{name}_row" for name in ("keep", "src", "dst", "weight", "gain", "size")]
+POINTERS = [f"{name}_ptr" for name in ("keep", "src", "dst", "weight", "gain", "size")]
+
+
+# Counts differ from block to block: a kernel for each kind of them would only cost start-up time.
+@triton.jit(do_not_specialize=COUNTS + ROWS, do_not_specialize_on_alignment=POINTERS)
 def _add_reduce_norm(
     x_ptr, branch_ptr, gamma_ptr, keep_ptr, src_ptr, dst_ptr, weight_ptr, gain_ptr, size_ptr,
     norm_weight_ptr, norm_bias_ptr, y_ptr, h_ptr, size_out_ptr,

@@ -21,7 +21,7 @@ def rank_tokens_triton(score: Tensor, prefix: int) -> Tensor:
     return order
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "prefix"])
 def _rank(score_ptr, order_ptr, tokens, prefix, BLOCK: tl.constexpr, PART: tl.constexpr):
     part, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     own = part * PART + tl.arange(0, PART)

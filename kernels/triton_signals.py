@@ -25,7 +25,7 @@ def log_normalizer_triton(q: Tensor, k: Tensor, bias: Tensor | None, scale: floa
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "keys", "sbb", "sbh"])
 def _normalizer(
     q_ptr, k_ptr, bias_ptr, out_ptr, sqb, sqh, sqn, skb, skh, skn, sbb, sbh,
     heads, rows, keys, scale2,
@@ -76,7 +76,10 @@ def best_match_at_triton(x: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, T
     return value, index
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["sources", "targets", "src_row", "dst_row"],
+    do_not_specialize_on_alignment=["src_ptr", "dst_ptr"],
+)
 def _partner(
     x_ptr, src_ptr, dst_ptr, value_ptr, index_ptr, sxb, sxn, src_row, dst_row,
     sources, targets, width, ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
