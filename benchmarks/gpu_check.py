@@ -26,6 +26,7 @@ from vistoken.kernels.chain import Slots, add_reduce_norm, add_reduce_norm_refer
 from vistoken.kernels.match import best_match, best_match_at
 from vistoken.kernels.ranking import rank_tokens, rank_tokens_reference
 from vistoken.kernels.reduce import take
+from vistoken.patches import unfold_linear
 
 METHODS = ["tome:r=13", "evit:keep_rate=0.7", "diffrate:gflops=2.9", "tofu:r=13", "pool",
            "zero_tprune", "mctf:r=8"]  # fmt: skip
@@ -136,8 +137,9 @@ def time_rows():
         mask = bias[:, None, None].bfloat16()
         floor = 4 * q.numel() * 2 / BANDWIDTH * 1e6
         case = f"attention B{batch} H{heads} N{tokens} D64"
+        size = bias.exp()
         runs = {
-            "vistoken": lambda: biased_attention(q, k, v, bias, 0.125),  # noqa: B023
+            "vistoken": lambda: biased_attention(q, k, v, None, 0.125, size=size),  # noqa: B023
             "sdpa without bias": lambda: F.scaled_dot_product_attention(q, k, v),  # noqa: B023
             "sdpa": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),  # noqa: B023
         }
@@ -152,7 +154,12 @@ def time_rows():
     slots, order = Slots(keep, src, dst, size), rank_tokens(size, 1)
     layer = torch.nn.Linear(c, 4 * c, device="cuda", dtype=torch.bfloat16)
     one = x.numel() * 2 / BANDWIDTH * 1e6
+    images = torch.randn(b, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
+    conv = torch.nn.Conv2d(3, c, 16, 16, device="cuda", dtype=torch.bfloat16)
+    moved = (images.numel() + x.numel()) * 2 / BANDWIDTH * 1e6
     runs = {
+        "patches": (lambda: unfold_linear(images, conv.weight, conv.bias), moved),
+        "patches in torch": (lambda: conv(images), moved),
         "match r13": (lambda: bipartite(keys, 1, 13), one),
         "match r13 batch 1": (lambda: bipartite(keys[:1], 1, 13), one / b),
         "rank": (lambda: rank_tokens(size, 1), None),

@@ -1,6 +1,6 @@
 """Every Triton kernel once at small, odd sizes: for a memory checker.
 
-    compute-sanitizer --tool memcheck python benchmarks/sanitize.py
+compute-sanitizer --tool memcheck python benchmarks/sanitize.py
 """
 
 from __future__ import annotations
