@@ -39,14 +39,77 @@ from vistoken.kernels.triton_neighborhood_launch import (
 
 
 @triton.jit
-def online(score, top, total, acc, v, gain, PRECISION: tl.constexpr):
+def add_keys(score, top, total, acc, v, gain, BOUNDED: tl.constexpr, PRECISION: tl.constexpr):
     """One step of the softmax; masked scores are minus infinity, `top` never is."""
-    new_top = tl.maximum(top, tl.max(score, 1))
-    p = tl.exp2(score * gain - (new_top * gain)[:, None])
-    fade = tl.exp2((top - new_top) * gain)
-    total = total * fade + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
-    return new_top, total, acc
+    if BOUNDED:
+        p = tl.exp2(score * gain)
+        total += tl.sum(p, 1)
+    else:
+        new_top = tl.maximum(top, tl.max(score, 1))
+        p = tl.exp2(score * gain - (new_top * gain)[:, None])
+        fade = tl.exp2((top - new_top) * gain)
+        total = total * fade + tl.sum(p, 1)
+        acc = acc * fade[:, None]
+        top = new_top
+    return top, total, tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def attend(
+    q, k_ptr, v_ptr, extra_k_ptr, extra_v_ptr, rpb_ptr, own,
+    low_x, high_x, low_y, high_y, low_z, high_z, bx, ex, by, ey, bz, ez,
+    skx, sky, skz, svx, svy, svz, sen, sfn, wy, wz, extra, scale2,
+    RANK: tl.constexpr, EXTRA: tl.constexpr, RPB: tl.constexpr, BM: tl.constexpr,
+    KX: tl.constexpr, KY: tl.constexpr, KZ: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ONE_BAND: tl.constexpr, PRECISION: tl.constexpr,
+    BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """Largest score, softmax sum and weighted values of a tile's queries over the box of keys.
+
+    Where `BOUNDED`, exponentials are summed as they are, which saves the running maximum; the
+    caller looks at the sums and repeats the walk where they left the safe range.
+    """
+    dims = tl.arange(0, BLOCK_D)
+    steps_y, steps_z = tl.cdiv(ey - by, KY), tl.cdiv(ez - bz, KZ)
+    steps = tl.cdiv(ex - bx, KX) * steps_y * steps_z
+    cx, cy, cz = coordinates(tl.arange(0, BN), KX, KY, KZ, BN, RANK)
+    bits = column_word(cx, cy, cz, KX, KY, KZ, RANK)
+    k_offset = offsets(cx, cy, cz, skx, sky, skz, RANK, False)
+    v_offset = offsets(cx, cy, cz, svx, svy, svz, RANK, False)
+    table_y, table_z = 2 * wy - 1, 2 * wz - 1
+    column = (cx * table_y + cy) * table_z + cz
+    gain = 1.0 if RPB else scale2
+
+    top = tl.full([BM], 0.0 if BOUNDED else -1.0e30, tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BLOCK_D], tl.float32)
+    if EXTRA > 0:
+        for start in range(0, extra, EXTRA):
+            nth = start + tl.arange(0, EXTRA)
+            k = load_rows(extra_k_ptr, nth * sen, nth < extra, dims, D, BLOCK_D)
+            v = load_rows(extra_v_ptr, nth * sfn, nth < extra, dims, D, BLOCK_D)
+            score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            if RPB:
+                score *= scale2
+            score = tl.where((nth < extra)[None, :], score, float("-inf"))
+            top, total, acc = add_keys(score, top, total, acc, v, gain, BOUNDED, PRECISION)
+    for t in range(0, steps):
+        ox, oy, oz = step(t, bx, by, bz, steps_y, steps_z, KX, KY, KZ, RANK, ONE_BAND)
+        seen = visible(cx, cy, cz, ex - ox, ey - oy, ez - oz, RANK)
+        corner_k = offsets(ox, oy, oz, skx, sky, skz, RANK, False)
+        k = load_rows(k_ptr + corner_k, k_offset, seen, dims, D, BLOCK_D)
+        score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        ok = related(low_x, high_x, low_y, high_y, low_z, high_z, ox, oy, oz, cx, cy, cz, bits,
+                     KX, KY, KZ, RANK)  # fmt: skip
+        if RPB:
+            slot = (ox * table_y + oy) * table_z + oz + column
+            bias = tl.load(rpb_ptr + (slot[None, :] - own[:, None]), mask=ok, other=0.0)
+            score = score * scale2 + bias.to(tl.float32) * 1.4426950408889634
+        score = tl.where(ok, score, float("-inf"))
+        corner_v = offsets(ox, oy, oz, svx, svy, svz, RANK, False)
+        v = load_rows(v_ptr + corner_v, v_offset, seen, dims, D, BLOCK_D)
+        top, total, acc = add_keys(score, top, total, acc, v, gain, BOUNDED, PRECISION)
+    return top * gain, total, acc
 
 
 @triton.jit(do_not_specialize=[*SIZES, "extra", "group"])
@@ -60,7 +123,7 @@ def _forward(
     TX: tl.constexpr, TY: tl.constexpr, TZ: tl.constexpr, BM: tl.constexpr,
     KX: tl.constexpr, KY: tl.constexpr, KZ: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ONE_BAND: tl.constexpr, WIDE: tl.constexpr,
-    HEAD_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_FIRST: tl.constexpr, PRECISION: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     b, h, rx, ry, rz, ix, iy, iz = place(dx, dy, dz, ty, tz, DILATED, RANK, HEAD_FIRST)
     lx, ly, lz = (
@@ -83,8 +146,6 @@ def _forward(
     bx, ex = box(x0, lx, wx, jx, TX, CX, STRIDED, False)
     by, ey = box(y0, ly, wy, jy, TY, CY, STRIDED, False)
     bz, ez = box(z0, lz, wz, jz, TZ, CZ, STRIDED, False)
-    steps_y, steps_z = tl.cdiv(ey - by, KY), tl.cdiv(ez - bz, KZ)
-    steps = tl.cdiv(ex - bx, KX) * steps_y * steps_z
 
     gx, gy, gz = px, py, pz
     if DILATED:
@@ -99,53 +160,34 @@ def _forward(
     if DILATED:
         skx, sky, skz = skx * dx, sky * dy, skz * dz
         svx, svy, svz = svx * dx, svy * dy, svz * dz
-    cx, cy, cz = coordinates(tl.arange(0, BN), KX, KY, KZ, BN, RANK)
-    bits = column_word(cx, cy, cz, KX, KY, KZ, RANK)
     if WIDE:
         bx, by, bz = bx.to(tl.int64), by.to(tl.int64), bz.to(tl.int64)
-    k_offset = offsets(cx, cy, cz, skx, sky, skz, RANK, False)
-    v_offset = offsets(cx, cy, cz, svx, svy, svz, RANK, False)
-    table_y, table_z = 2 * wy - 1, 2 * wz - 1
-    if RPB:
-        rpb_ptr += h * (2 * wx - 1) * table_y * table_z
-        own = ((px - wx + 1) * table_y + py - wy + 1) * table_z + pz - wz + 1
-        column = (cx * table_y + cy) * table_z + cz
-    gain = 1.0 if RPB else scale2
-
-    top = tl.full([BM], -1.0e30, tl.float32)
-    total = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, BLOCK_D], tl.float32)
     if EXTRA > 0:
         extra_k_ptr += b * seb + hk * seh
         extra_v_ptr += b * sfb + hk * sfh
-        for start in range(0, extra, EXTRA):
-            nth = start + tl.arange(0, EXTRA)
-            k = load_rows(extra_k_ptr, nth * sen, nth < extra, dims, D, BLOCK_D)
-            v = load_rows(extra_v_ptr, nth * sfn, nth < extra, dims, D, BLOCK_D)
-            score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            if RPB:
-                score *= scale2
-            score = tl.where((nth < extra)[None, :], score, float("-inf"))
-            top, total, acc = online(score, top, total, acc, v, gain, PRECISION)
-    for t in range(0, steps):
-        ox, oy, oz = step(t, bx, by, bz, steps_y, steps_z, KX, KY, KZ, RANK, ONE_BAND)
-        seen = visible(cx, cy, cz, ex - ox, ey - oy, ez - oz, RANK)
-        corner_k = offsets(ox, oy, oz, skx, sky, skz, RANK, False)
-        k = load_rows(k_ptr + corner_k, k_offset, seen, dims, D, BLOCK_D)
-        score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        ok = related(low_x, high_x, low_y, high_y, low_z, high_z, ox, oy, oz, cx, cy, cz, bits,
-                     KX, KY, KZ, RANK)  # fmt: skip
-        if RPB:
-            slot = (ox * table_y + oy) * table_z + oz + column
-            bias = tl.load(rpb_ptr + (slot[None, :] - own[:, None]), mask=ok, other=0.0)
-            score = score * scale2 + bias.to(tl.float32) * 1.4426950408889634
-        score = tl.where(ok, score, float("-inf"))
-        corner_v = offsets(ox, oy, oz, svx, svy, svz, RANK, False)
-        v = load_rows(v_ptr + corner_v, v_offset, seen, dims, D, BLOCK_D)
-        top, total, acc = online(score, top, total, acc, v, gain, PRECISION)
+    own = py
+    if RPB:
+        rpb_ptr += h * (2 * wx - 1) * (2 * wy - 1) * (2 * wz - 1)
+        own = ((px - wx + 1) * (2 * wy - 1) + py - wy + 1) * (2 * wz - 1) + pz - wz + 1
+    top, total, acc = attend(
+        q, k_ptr, v_ptr, extra_k_ptr, extra_v_ptr, rpb_ptr, own,
+        low_x, high_x, low_y, high_y, low_z, high_z, bx, ex, by, ey, bz, ez,
+        skx, sky, skz, svx, svy, svz, sen, sfn, wy, wz, extra, scale2,
+        RANK, EXTRA, RPB, BM, KX, KY, KZ, BN, D, BLOCK_D, ONE_BAND, PRECISION, BOUNDED,
+    )  # fmt: skip
+    if BOUNDED:
+        safe = (total > 1.0e-20) & (total < 1.0e20)
+        unsafe = tl.max((inside & ~safe).to(tl.int32), 0)
+        if unsafe > 0:
+            top, total, acc = attend(
+                q, k_ptr, v_ptr, extra_k_ptr, extra_v_ptr, rpb_ptr, own,
+                low_x, high_x, low_y, high_y, low_z, high_z, bx, ex, by, ey, bz, ez,
+                skx, sky, skz, svx, svy, svz, sen, sfn, wy, wz, extra, scale2,
+                RANK, EXTRA, RPB, BM, KX, KY, KZ, BN, D, BLOCK_D, ONE_BAND, PRECISION, False,
+            )  # fmt: skip
     acc = acc * (1.0 / total)[:, None]
     store_rows(out_ptr + entry * D, row * D, inside, dims, acc, D, BLOCK_D)
-    tl.store(lse_ptr + entry + row, (top * gain + tl.log2(total)) * 0.6931471805599453, mask=inside)
+    tl.store(lse_ptr + entry + row, (top + tl.log2(total)) * 0.6931471805599453, mask=inside)
 
 
 def forward(
@@ -173,7 +215,8 @@ def forward(
         q if rpb is None else rpb.contiguous(),
         *strides(q), *strides(k), *strides(v), *extras(extra_k), *extras(extra_v),
         *launch.sizes, heads, heads // k.shape[-2], count, scale * LOG2E,
-        EXTRA=extra_block(count), RPB=rpb is not None, WIDE=wide(q, k, v), **launch.constants,
+        EXTRA=extra_block(count), RPB=rpb is not None, WIDE=wide(q, k, v),
+        BOUNDED=q.dtype != torch.float16, **launch.constants,
     )  # fmt: skip
     return out, lse
 

@@ -51,7 +51,8 @@ PROBLEMS = [
 ]
 for grid, hood, dim, extra, rpb in PROBLEMS:
     both = {"RPB": rpb, "WIDE": bool(extra)}
-    build("forward", forward._forward, "forward", grid, hood, dim, EXTRA=extra, **both)
+    build("forward", forward._forward, "forward", grid, hood, dim, EXTRA=extra, BOUNDED=True,
+          **both)
     build("query", backward._query, "query", grid, hood, dim, EXTRA=extra,
           GRAD_LSE=rpb, **both)
     build("key", backward._key, "key", grid, hood, dim, GROUPED=bool(extra), **both)

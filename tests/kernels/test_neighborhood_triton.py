@@ -110,6 +110,18 @@ def test_the_operator_runs_the_kernels_and_its_gradients(monkeypatch):
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [0.0, 30.0, 300.0])
+def test_scores_of_any_size(size):
+    """Sums beyond the safe range take the walk with the running maximum."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 4, 6, 1, 16, device=DEVICE) for _ in range(3))
+    q, k = q * size, k + 2
+    out, lse = kernels.forward(q, k, v, hood((3, 3)), 0.3, tile=SMALL)
+    exact, exact_lse = reference.forward(*double(q, k, v), hood((3, 3)), 0.3, None, None, None)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-3)
+
+
 def test_offsets_of_64_bits_agree(monkeypatch):
     for module in (kernels, gradients):
         monkeypatch.setattr(module, "wide", lambda *tensors: True)
