@@ -44,6 +44,7 @@ class Problem:
     window: tuple[int, ...]
     dilation: int = 1
     stride: int = 1
+    rpb: bool = False
 
     @property
     def hood(self) -> Neighborhood:
@@ -54,7 +55,13 @@ class Problem:
     def name(self) -> str:
         grid, window = ("x".join(map(str, x)) for x in (self.grid, self.window))
         more = "" if self.dilation == 1 else f" d{self.dilation}"
+        more += " rpb" if self.rpb else ""
         return f"na{len(self.grid)}d B{self.batch} {grid} H{self.heads} D{self.dim} k{window}{more}"
+
+    def table(self) -> Tensor | None:
+        if not self.rpb:
+            return None
+        return torch.randn(self.heads, *(2 * w - 1 for w in self.window), device="cuda")
 
     def tensors(self, count: int = 3, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
         shape = (self.batch, *self.grid, self.heads, self.dim)
@@ -84,6 +91,8 @@ MORE = [
     square(2, 64, 16, 80, 15),
     Problem(1, (32768,), 8, 64, (255,)),
     Problem(1, (16, 28, 28), 12, 64, (5, 7, 7)),
+    dataclasses.replace(PROBLEMS[3], rpb=True),
+    dataclasses.replace(PROBLEMS[4], rpb=True),
 ]
 
 
@@ -182,26 +191,23 @@ def passes(problem: Problem):
     from vistoken.kernels import triton_neighborhood_gradients as gradients
 
     q, k, v, grad = problem.tensors(4)
-    hood, scale = problem.hood, problem.dim**-0.5
-    out, lse = forward.forward(q, k, v, hood, scale)
-    _, delta = gradients.query_gradient(
-        grad, None, q, k, v, out, lse, hood, scale, None, None, None
-    )
+    hood, scale, rpb = problem.hood, problem.dim**-0.5, problem.table()
+    out, lse = forward.forward(q, k, v, hood, scale, rpb=rpb)
+    _, delta = gradients.query_gradient(grad, None, q, k, v, out, lse, hood, scale, None, None, rpb)
     return {
-        "forward": lambda tile: forward.forward(q, k, v, hood, scale, tile=tile),
+        "forward": lambda tile: forward.forward(q, k, v, hood, scale, rpb=rpb, tile=tile),
         "query": lambda tile: gradients.query_gradient(
-            grad, None, q, k, v, out, lse, hood, scale, None, None, None, tile
+            grad, None, q, k, v, out, lse, hood, scale, None, None, rpb, tile
         ),
         "key": lambda tile: gradients.key_gradients(
-            grad, q, k, v, lse, delta, hood, scale, None, tile
+            grad, q, k, v, lse, delta, hood, scale, rpb, tile
         ),
     }
 
 
 def compile_one(problem: Problem, kind: str, tile: Tile) -> str:
     """Compile a tile in a process of its own, into the cache on disk, by one tiny-batch run."""
-    small = Problem(1, problem.grid, problem.heads, problem.dim, problem.window, problem.dilation,
-                    problem.stride)  # fmt: skip
+    small = dataclasses.replace(problem, batch=1)
     try:
         passes(small)[kind](tile)
         torch.cuda.synchronize()
@@ -282,8 +288,7 @@ CALL = {1: na1d, 2: na2d, 3: na3d}
 
 def check_problem(problem: Problem, dtype: torch.dtype, **options) -> dict[str, float]:
     """Relative errors of output and gradients against the float64 reference, on one small batch."""
-    small = Problem(min(problem.batch, 2), problem.grid, min(problem.heads, 2), problem.dim,
-                    problem.window, problem.dilation, problem.stride)  # fmt: skip
+    small = dataclasses.replace(problem, batch=min(problem.batch, 2), heads=min(problem.heads, 2))
     q, k, v, grad = small.tensors(4, dtype)
     extra = options.get("extra", 0)
     heads = small.heads // options.get("group", 1)
@@ -291,7 +296,7 @@ def check_problem(problem: Problem, dtype: torch.dtype, **options) -> dict[str, 
     more = [torch.randn(small.batch, extra, heads, small.dim, device="cuda", dtype=dtype)
             for _ in range(2)] if extra else [None, None]  # fmt: skip
     rpb = None
-    if options.get("rpb"):
+    if options.get("rpb") or problem.rpb:
         table = (2 * w - 1 for w in small.window)
         rpb = torch.randn(small.heads, *table, device="cuda")
     causal = options.get("causal", False)
@@ -379,16 +384,18 @@ def repeatable() -> bool:
 
 def rivals(problem: Problem) -> dict[str, object]:
     """Implementations by name: functions of heads-last q, k, v."""
-    window, dilation = problem.window, problem.dilation
+    window, dilation, rpb = problem.window, problem.dilation, problem.table()
 
     def ours(q, k, v):
-        return CALL[len(problem.grid)](q, k, v, window, dilation=dilation)
+        return CALL[len(problem.grid)](q, k, v, window, dilation=dilation, rpb=rpb)
 
     def sdpa(q, k, v):
         q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
     found = {"vistoken": ours, "sdpa full": sdpa}
+    if problem.rpb:
+        return found
     if len(problem.grid) == 2:
         found["flex"] = flex(problem)
     try:

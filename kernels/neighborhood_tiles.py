@@ -104,6 +104,7 @@ def choose(shape: Shape, kind: Pass) -> Tile:
 def candidates(shape: Shape, kind: Pass) -> Iterator[Tile]:
     """Tiles worth a look."""
     narrow = 64 if shape.bytes == 2 else 32
+    stages = 3 if shape.dim <= 128 else 2
     largest = [group_length(n, d, 0) for n, d in zip(shape.lengths, shape.dilation, strict=True)]
     sizes = [1, 2, 4, 7, 8, 14, 16, 32, 64]
     axes = [
@@ -119,7 +120,7 @@ def candidates(shape: Shape, kind: Pass) -> Iterator[Tile]:
         for box in boxes(shape, tile, kind):
             for columns in (narrow // 2, narrow):
                 for walk in walks(box, columns, shape.rank):
-                    yield Tile(tile, walk, 4 if shape.dim <= 64 else 8, 2)
+                    yield Tile(tile, walk, 4 if shape.dim <= 64 else 8, stages)
 
 
 def boxes(shape: Shape, own: Sides, kind: Pass) -> set[Sides]:
@@ -148,4 +149,6 @@ def cost(shape: Shape, kind: Pass, tile: Tile) -> float:
     for axis, side in zip(shape.spans(tile.own, kind == "key"), tile.walk, strict=True):
         steps *= sum(-(-length // side) for length in axis)
         tiles *= len(axis)
-    return steps * (tile.columns + 8) * (tile.rows + 16) + tiles * 6000
+    # Walking two axes costs more than walking one, whole lines at a time.
+    turns = 1.1 if max(shape.spans(tile.own, kind == "key")[2]) > tile.walk[2] else 1.0
+    return steps * (tile.columns + 8) * (tile.rows + 16) * turns + tiles * 6000

@@ -22,6 +22,7 @@ from vistoken.kernels.triton_neighborhood_geometry import (
     members,
     offsets,
     place,
+    reciprocal,
     related,
     step,
     store_rows,
@@ -70,8 +71,9 @@ def attend(
     caller looks at the sums and repeats the walk where they left the safe range.
     """
     dims = tl.arange(0, BLOCK_D)
-    steps_y, steps_z = tl.cdiv(ey - by, KY), tl.cdiv(ez - bz, KZ)
-    steps = tl.cdiv(ex - bx, KX) * steps_y * steps_z
+    steps_y, steps_z = tl.cdiv(ey - by, KY).to(tl.int32), tl.cdiv(ez - bz, KZ).to(tl.int32)
+    inverse_y, inverse_z = reciprocal(steps_y), reciprocal(steps_z)
+    steps = tl.cdiv(ex - bx, KX).to(tl.int32) * steps_y * steps_z
     cx, cy, cz = coordinates(tl.arange(0, BN), KX, KY, KZ, BN, RANK)
     bits = column_word(cx, cy, cz, KX, KY, KZ, RANK)
     k_offset = offsets(cx, cy, cz, skx, sky, skz, RANK, False)
@@ -94,7 +96,9 @@ def attend(
             score = tl.where((nth < extra)[None, :], score, float("-inf"))
             top, total, acc = add_keys(score, top, total, acc, v, gain, BOUNDED, PRECISION)
     for t in range(0, steps):
-        ox, oy, oz = step(t, bx, by, bz, steps_y, steps_z, KX, KY, KZ, RANK, ONE_BAND)
+        ox, oy, oz = step(
+            t, bx, by, bz, steps_y, steps_z, inverse_y, inverse_z, KX, KY, KZ, RANK, ONE_BAND
+        )
         seen = visible(cx, cy, cz, ex - ox, ey - oy, ez - oz, RANK)
         corner_k = offsets(ox, oy, oz, skx, sky, skz, RANK, False)
         k = load_rows(k_ptr + corner_k, k_offset, seen, dims, D, BLOCK_D)

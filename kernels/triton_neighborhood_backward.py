@@ -19,6 +19,7 @@ from vistoken.kernels.triton_neighborhood_geometry import (
     members,
     offsets,
     place,
+    reciprocal,
     related,
     step,
     store_rows,
@@ -60,8 +61,9 @@ def _query(
     bx, ex = box(x0, lx, wx, jx, TX, CX, STRIDED, False)
     by, ey = box(y0, ly, wy, jy, TY, CY, STRIDED, False)
     bz, ez = box(z0, lz, wz, jz, TZ, CZ, STRIDED, False)
-    steps_y, steps_z = tl.cdiv(ey - by, KY), tl.cdiv(ez - bz, KZ)
-    steps = tl.cdiv(ex - bx, KX) * steps_y * steps_z
+    steps_y, steps_z = tl.cdiv(ey - by, KY).to(tl.int32), tl.cdiv(ez - bz, KZ).to(tl.int32)
+    inverse_y, inverse_z = reciprocal(steps_y), reciprocal(steps_z)
+    steps = tl.cdiv(ex - bx, KX).to(tl.int32) * steps_y * steps_z
 
     gx, gy, gz = px, py, pz
     if DILATED:
@@ -112,7 +114,9 @@ def _query(
             ds = (p * (dp - delta[:, None])).to(k.dtype)
             dq = tl.dot(ds, k, dq, input_precision=PRECISION)
     for t in range(0, steps):
-        ox, oy, oz = step(t, bx, by, bz, steps_y, steps_z, KX, KY, KZ, RANK, ONE_BAND)
+        ox, oy, oz = step(
+            t, bx, by, bz, steps_y, steps_z, inverse_y, inverse_z, KX, KY, KZ, RANK, ONE_BAND
+        )
         seen = visible(cx, cy, cz, ex - ox, ey - oy, ez - oz, RANK)
         corner_k = offsets(ox, oy, oz, skx, sky, skz, RANK, False)
         k = load_rows(k_ptr + corner_k, k_offset, seen, dims, D, BLOCK_D)
@@ -164,8 +168,9 @@ def _key(
     bx, ex = box(x0, lx, wx, jx, TX, CX, STRIDED, True)
     by, ey = box(y0, ly, wy, jy, TY, CY, STRIDED, True)
     bz, ez = box(z0, lz, wz, jz, TZ, CZ, STRIDED, True)
-    steps_y, steps_z = tl.cdiv(ey - by, KY), tl.cdiv(ez - bz, KZ)
-    steps = tl.cdiv(ex - bx, KX) * steps_y * steps_z
+    steps_y, steps_z = tl.cdiv(ey - by, KY).to(tl.int32), tl.cdiv(ez - bz, KZ).to(tl.int32)
+    inverse_y, inverse_z = reciprocal(steps_y), reciprocal(steps_z)
+    steps = tl.cdiv(ex - bx, KX).to(tl.int32) * steps_y * steps_z
 
     gx, gy, gz = px, py, pz
     if DILATED:
@@ -212,7 +217,9 @@ def _key(
         t, g = walk, 0
         if GROUPED:
             t, g = walk % steps, walk // steps
-        ox, oy, oz = step(t, bx, by, bz, steps_y, steps_z, KX, KY, KZ, RANK, ONE_BAND)
+        ox, oy, oz = step(
+            t, bx, by, bz, steps_y, steps_z, inverse_y, inverse_z, KX, KY, KZ, RANK, ONE_BAND
+        )
         seen = visible(cx, cy, cz, ex - ox, ey - oy, ez - oz, RANK)
         corner_q = offsets(ox, oy, oz, sqx, sqy, sqz, RANK, False) + g * sqh
         q = load_rows(q_ptr + corner_q, q_offset, seen, dims, D, BLOCK_D)

@@ -23,6 +23,7 @@ from vistoken.kernels.triton_neighborhood_geometry import (
     load_rows,
     members,
     place,
+    reciprocal,
     related,
     step,
     visible,
@@ -58,7 +59,8 @@ def _bias(
     bx, ex = box(x0, lx, wx, jx, TX, CX, STRIDED, False)
     by, ey = box(y0, ly, wy, jy, TY, CY, STRIDED, False)
     bz, ez = box(z0, lz, wz, jz, TZ, CZ, STRIDED, False)
-    steps_y, steps_z = tl.cdiv(ey - by, KY), tl.cdiv(ez - bz, KZ)
+    steps_y, steps_z = tl.cdiv(ey - by, KY).to(tl.int32), tl.cdiv(ez - bz, KZ).to(tl.int32)
+    inverse_y, inverse_z = reciprocal(steps_y), reciprocal(steps_z)
     if t >= tl.cdiv(ex - bx, KX) * steps_y * steps_z:
         return
     dims = tl.arange(0, BLOCK_D)
@@ -71,7 +73,9 @@ def _bias(
     low_z, high_z = bounds(pz, lz, wz, jz, CZ, STRIDED, False)
     cx, cy, cz = coordinates(tl.arange(0, BN), KX, KY, KZ, BN, RANK)
     bits = column_word(cx, cy, cz, KX, KY, KZ, RANK)
-    ox, oy, oz = step(t, bx, by, bz, steps_y, steps_z, KX, KY, KZ, RANK, ONE_BAND)
+    ox, oy, oz = step(
+        t, bx, by, bz, steps_y, steps_z, inverse_y, inverse_z, KX, KY, KZ, RANK, ONE_BAND
+    )
     seen = visible(cx, cy, cz, ex - ox, ey - oy, ez - oz, RANK)
     ok = related(low_x, high_x, low_y, high_y, low_z, high_z, ox, oy, oz, cx, cy, cz, bits,
                  KX, KY, KZ, RANK)  # fmt: skip

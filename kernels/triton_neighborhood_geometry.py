@@ -164,8 +164,22 @@ def related(
 
 
 @triton.jit
+def reciprocal(n):
+    """For `divide`: 2**32 / n, rounded up; it wraps to 0 for 1."""
+    return 0xFFFFFFFF // n.to(tl.uint32) + 1
+
+
+@triton.jit
+def divide(t, n, inverse):
+    """Quotient by one wide product: a division in the loop would cost as much as the masks."""
+    wide = (t + 0 * n).to(tl.uint32)  # the interpreter counts loops in Python integers
+    return tl.where(n == 1, t, tl.umulhi(wide, inverse).to(tl.int32))
+
+
+@triton.jit
 def step(
-    t, bx, by, bz, ny, nz, SX: tl.constexpr, SY: tl.constexpr, SZ: tl.constexpr,
+    t, bx, by, bz, ny, nz, inverse_y, inverse_z,
+    SX: tl.constexpr, SY: tl.constexpr, SZ: tl.constexpr,
     RANK: tl.constexpr, ONE_BAND: tl.constexpr,
 ):  # fmt: skip
     """Corner of walked tile t of a box; `ONE_BAND` says that the last axis needs one tile."""
@@ -175,13 +189,14 @@ def step(
     else:
         rest = t
         if not ONE_BAND:
-            oz = bz + t % nz * SZ
-            rest = t // nz
+            rest = divide(t, nz, inverse_z)
+            oz = bz + (t - rest * nz) * SZ
         if RANK == 2:
             oy = by + rest * SY
         else:
-            oy = by + rest % ny * SY
-            ox = bx + rest // ny * SX
+            plane = divide(rest, ny, inverse_y)
+            oy = by + (rest - plane * ny) * SY
+            ox = bx + plane * SX
     return ox, oy, oz
 
 
