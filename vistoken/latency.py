@@ -46,6 +46,7 @@ class LatencyTable:
         reduce_ms: what reducing adds: signals, matching and merging.
         dense_ms: the whole model without a method.
         rest_ms: of which outside the blocks: patch embedding, norm, head.
+        wrapped_rest_ms: the same of the wrapped model, whose patch embedding may be faster.
         execution: which implementation of the wrapped block was measured.
         versions: of the libraries it was measured with.
         seconds: how long measuring took.
@@ -64,6 +65,7 @@ class LatencyTable:
     reduce_ms: tuple[float, ...]
     dense_ms: float
     rest_ms: float
+    wrapped_rest_ms: float
     execution: str
     versions: dict[str, str]
     seconds: float
@@ -118,7 +120,7 @@ class LatencyTable:
         at = self._interpolator(kept)
         in_mlp = kept if self.where == "mlp" else entering
         blocks = at(self.attn_ms, entering) + reduces * at(self.reduce_ms, entering)
-        return self.rest_ms + (blocks + at(self.mlp_ms, in_mlp)).sum(-1)
+        return self.wrapped_rest_ms + (blocks + at(self.mlp_ms, in_mlp)).sum(-1)
 
     def _interpolator(self, like: Tensor) -> Callable[[Sequence[float], Tensor], Tensor]:
         """Interpolation of columns at float counts, on the device and in the type of `like`."""

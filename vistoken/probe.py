@@ -27,7 +27,7 @@ from vistoken.flops import count_macs
 from vistoken.methods import METHODS, Method, Pool, parse
 from vistoken.models.detect import Backbone, find, grid_at
 from vistoken.schedule import Step
-from vistoken.spec import class_path, lookup
+from vistoken.spec import BlockSpec, class_path, lookup
 from vistoken.state import Assignment, Frame, TokenState
 
 FIRST = 1
@@ -201,6 +201,7 @@ class Probe:
             "reduce_ms": tuple(adds),
             "dense_ms": total,
             "rest_ms": rest,
+            "wrapped_rest_ms": rest - min(rest, max(0.0, ms["patches", 0] - ms["patches", 1])),
             "execution": fast.describe(attachment),
             "seconds": time.perf_counter() - start,
         }
@@ -215,6 +216,8 @@ class Probe:
         found: Calls = {
             ("dense", 0): (lambda: host(images),),
             ("rest", 0): (partial(without_blocks, dense, images),),
+            ("patches", 0): (partial(patch_embedding, host, self.spec, images),),
+            ("patches", 1): (partial(patch_embedding, attachment.host, self.spec, images),),
         }
         for n in self.counts:
             more, named = fit((args, kwargs), self.shape.tokens, self.shape.prefix, n)
@@ -338,6 +341,12 @@ def without_blocks(dense: Backbone, images: Tensor) -> object:
     finally:
         for block in dense.blocks:
             del block.__dict__["forward"]
+
+
+def patch_embedding(host: nn.Module, spec: BlockSpec, images: Tensor) -> object:
+    """The host's patch convolution, as it stands in the model."""
+    conv: Any = lookup(host, spec.patch)
+    return conv(images.to(conv.weight.dtype))
 
 
 def hand_on(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
