@@ -275,7 +275,8 @@ def time_all(problem: Problem, kind: str, tiles, times: dict[Tile, float], clock
             say("   failed", astuple(tile), error)
         else:
             times[tile] = ms
-    chosen = choose(shape_of(problem.grid, problem.hood, problem.dim, 2), kind)
+    shape = shape_of(problem.grid, problem.hood, problem.dim, 2)
+    chosen = choose(shape, kind, torch.cuda.get_device_capability())
     say(f"== {problem.name} {kind}: {len(times)} timed; rule {rule:.4f} ms {astuple(chosen)}")
     for tile in sorted(times, key=times.get)[:6]:
         say(f"   {times[tile]:.4f} ms {astuple(tile)}")

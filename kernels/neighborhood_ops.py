@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +17,14 @@ MAX_DIM = 256
 """Widest head that the Triton kernels take."""
 
 
-def triton_runs(q: Tensor, v: Tensor) -> bool:
+MAX_BATCH = 65535
+"""Most batch entries times dilation groups of a launch."""
+
+
+def triton_runs(q: Tensor, v: Tensor, dilation: Sequence[int]) -> bool:
     """Whether the Triton kernels take these tensors; the reference takes all."""
-    return use_triton(q, ANY) and q.shape[-1] == v.shape[-1] <= MAX_DIM and q.numel() > 0
+    fits = q.shape[-1] == v.shape[-1] <= MAX_DIM and q.shape[0] * math.prod(dilation) <= MAX_BATCH
+    return use_triton(q, ANY) and fits and q.numel() > 0
 
 
 def _hood(
@@ -43,7 +49,7 @@ def neighborhood(
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, *grid, H, Dv]` and lse `[B, *grid, H]`; see `vistoken.kernels.neighborhood`."""
     hood = _hood(window, stride, dilation, causal)
-    if triton_runs(q, v):
+    if triton_runs(q, v, dilation):
         from vistoken.kernels import triton_neighborhood
 
         return triton_neighborhood.forward(q, k, v, hood, scale, extra_k, extra_v, rpb)
@@ -77,7 +83,7 @@ def neighborhood_backward(
     """Gradients of q, k, v, extra_k, extra_v and rpb; empty for those that were not given."""
     hood = _hood(window, stride, dilation, causal)
     given = (grad, grad_lse, q, k, v, out, lse, hood, scale, extra_k, extra_v, rpb)
-    if triton_runs(q, v):
+    if triton_runs(q, v, dilation):
         from vistoken.kernels import triton_neighborhood_gradients
 
         grads = triton_neighborhood_gradients.backward(*given)

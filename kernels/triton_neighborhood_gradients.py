@@ -1,4 +1,4 @@
-"""The backward pass of neighborhood attention: its launches and the sums over extra tokens."""
+"""The backward pass of neighborhood attention: its launches."""
 
 from __future__ import annotations
 
@@ -44,6 +44,8 @@ def backward(
     dk, dv = key_gradients(grad, q, k, v, lse, delta, hood, scale, rpb, tiles[1])
     dek = dev = drpb = None
     if extra_k is not None and extra_v is not None:
+        from vistoken.kernels.triton_neighborhood_extra import extra_gradients
+
         dek, dev = extra_gradients(grad, q, lse, delta, scale, extra_k, extra_v)
     if rpb is not None:
         from vistoken.kernels.triton_neighborhood_bias import bias_gradient
@@ -110,30 +112,3 @@ def key_gradients(
         **launch.constants,
     )  # fmt: skip
     return dk, dv
-
-
-def extra_gradients(
-    grad: Tensor,
-    q: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    scale: float,
-    extra_k: Tensor,
-    extra_v: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the extra tokens, which every query attends: a few narrow products."""
-    group = q.shape[-2] // extra_k.shape[2]
-
-    def rows(x: Tensor) -> Tensor:
-        """`[B, *grid, H, D]` as `[B, Hk, group * N, D]`."""
-        x = x.flatten(1, -3).transpose(1, 2).unflatten(1, (-1, group))
-        return x.flatten(2, 3)
-
-    own, up = rows(q), rows(grad)
-    norm, less = rows(lse[..., None]), rows(delta[..., None])
-    keys, values = extra_k.transpose(1, 2), extra_v.transpose(1, 2)
-    p = ((own @ keys.transpose(-1, -2)).float() * scale - norm).exp()
-    ds = p * ((up @ values.transpose(-1, -2)).float() - less)
-    dk = ds.to(q.dtype).transpose(-1, -2) @ own * scale
-    dv = p.to(q.dtype).transpose(-1, -2) @ up
-    return dk.transpose(1, 2).contiguous(), dv.transpose(1, 2).contiguous()

@@ -11,10 +11,13 @@ import torch
 import triton
 from torch import Tensor
 
-from vistoken.kernels.neighborhood_tiles import Pass, Shape, Tile, choose, shape_of
+from vistoken.kernels.neighborhood_tiles import Pass, Tile, choose, shape_of
 from vistoken.kernels.neighborhood_windows import Neighborhood, group_length
 
 LOG2E = 1.4426950408889634
+
+MAX_PROGRAMS = 65535
+"""Programs along the second and third axis of a launch."""
 
 SIZES = ["nx", "ny", "nz", "wx", "wy", "wz", "jx", "jy", "jz", "dx", "dy", "dz", "tx", "ty", "tz"]
 """Sizes of grid, window, stride (`j`), dilation and tiles: one compiled kernel serves them all."""
@@ -42,15 +45,30 @@ class Plan:
 
 def plan(q: Tensor, hood: Neighborhood, kind: Pass, tile: Tile | None = None) -> Plan:
     """The plan of one pass over q `[B, *grid, H, D]`, with the chosen or a given tile."""
-    return _plan(shape_of(tuple(q.shape[1:-2]), hood, q.shape[-1], q.element_size()), kind, tile)
+    return plan_of(
+        tuple(q.shape[1:-2]), hood, q.shape[-1], q.element_size(), kind, tile,
+        q.device.index or 0 if q.is_cuda else None,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
-def _plan(shape: Shape, kind: Pass, tile: Tile | None) -> Plan:
-    tile = tile or choose(shape, kind)
+def plan_of(
+    grid: tuple[int, ...],
+    hood: Neighborhood,
+    dim: int,
+    bytes_: int,
+    kind: Pass,
+    tile: Tile | None = None,
+    device: int | None = None,
+) -> Plan:
+    """`plan` by what it depends on; `device` is the number of a CUDA device."""
+    shape = shape_of(grid, hood, dim, bytes_)
+    capability = None if device is None else torch.cuda.get_device_capability(device)
+    tile = tile or choose(shape, kind, capability)
     lengths = [group_length(n, d, 0) for n, d in zip(shape.lengths, shape.dilation, strict=True)]
     tiles = [-(-n // t) for n, t in zip(lengths, tile.own, strict=True)]
     box = shape.box(tile.own, kind == "key")
+    head_first = tile.head_first and math.prod(tiles) <= MAX_PROGRAMS
     causal = dict(zip(("CX", "CY", "CZ"), shape.causal, strict=True))
     own = dict(zip(("TX", "TY", "TZ"), tile.own, strict=True))
     walk = dict(zip(("KX", "KY", "KZ"), tile.walk, strict=True))
@@ -58,7 +76,7 @@ def _plan(shape: Shape, kind: Pass, tile: Tile | None) -> Plan:
         "RANK": shape.rank, **causal, "STRIDED": max(shape.stride) > 1,
         "DILATED": max(shape.dilation) > 1, **own, "BM": tile.rows, **walk, "BN": tile.columns,
         "D": shape.dim, "BLOCK_D": max(16, triton.next_power_of_2(shape.dim)),
-        "ONE_BAND": box[2] <= tile.walk[2], "HEAD_FIRST": tile.head_first,
+        "ONE_BAND": box[2] <= tile.walk[2], "HEAD_FIRST": head_first,
         "PRECISION": precision(shape.bytes), "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     if kind == "key":
@@ -68,7 +86,7 @@ def _plan(shape: Shape, kind: Pass, tile: Tile | None) -> Plan:
     sizes = *shape.lengths, *shape.window, *shape.stride, *shape.dilation, *tiles
     steps = math.prod(-(-side // t) for side, t in zip(box, tile.walk, strict=True))
     groups = math.prod(shape.dilation)
-    return Plan(math.prod(tiles), groups, tile.head_first, steps, sizes, constants)
+    return Plan(math.prod(tiles), groups, head_first, steps, sizes, constants)
 
 
 def precision(bytes_: int) -> str:
@@ -86,7 +104,11 @@ def strides(x: Tensor) -> tuple[int, ...]:
 def wide(*tensors: Tensor) -> bool:
     """Whether offsets inside one batch entry need 64 bits."""
     return any(
-        sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 2**31
+        max(
+            sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True)),
+            math.prod(x.shape[1:]),
+        )
+        >= 2**31
         for x in tensors
     )
 

@@ -15,16 +15,17 @@ from triton.compiler import ASTSource
 from vistoken.kernels import triton_neighborhood as forward
 from vistoken.kernels import triton_neighborhood_backward as backward
 from vistoken.kernels import triton_neighborhood_bias as bias
+from vistoken.kernels import triton_neighborhood_extra as extras
 from vistoken.kernels import triton_neighborhood_launch as launch
-from vistoken.kernels.neighborhood_tiles import shape_of
 from vistoken.kernels.neighborhood_windows import Neighborhood
 
 FLOAT = {"lse_ptr", "delta_ptr", "grad_lse_ptr", "rpb_ptr", "part_ptr", "scale", "scale2"}
 
 
 def build(name, kernel, kind, grid, hood, dim, **more):
-    constants = dict(launch._plan(shape_of(grid, hood, dim, 2), kind, None).constants, **more)
+    constants = dict(launch.plan_of(grid, hood, dim, 2, kind).constants, **more)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    constants = {name: constants[name] for name in kernel.arg_names if name in constants}
     signature, exact = {}, {}
     for at, arg in enumerate(kernel.arg_names):
         type = "fp32" if arg in FLOAT else "bf16" if arg.endswith("_ptr") else "i32"
@@ -56,6 +57,8 @@ for grid, hood, dim, extra, rpb in PROBLEMS:
     build("query", backward._query, "query", grid, hood, dim, EXTRA=extra,
           GRAD_LSE=rpb, **both)
     build("key", backward._key, "key", grid, hood, dim, GROUPED=bool(extra), **both)
+    if extra:
+        build("extra", extras._extra, "query", grid, hood, dim, WIDE=False)
     if rpb:
         build("bias", bias._bias, "query", grid, hood, dim, WIDE=False)
 """
@@ -69,5 +72,5 @@ def test_neighborhood_kernels_compile():
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment
     )
     lines = out.stdout.splitlines()
-    assert len(lines) == 16, out.stderr[-3000:]
+    assert len(lines) == 17, out.stderr[-3000:]
     assert all(line.startswith("built") for line in lines), lines
