@@ -170,12 +170,12 @@ def chain_error(x, keep, src, dst):
 def measure(call, qkv, bias, grad, backward):
     """Median milliseconds of a pass in a CUDA graph, and peak memory."""
     leaf = qkv.detach().requires_grad_(backward)
-    q, k, v = leaf.permute(2, 0, 3, 1, 4).unbind(0)
 
     def once():
+        q, k, v = leaf.permute(2, 0, 3, 1, 4).unbind(0)
         out = call(q, k, v, bias, q.shape[-1] ** -0.5, None)
         if backward:
-            torch.autograd.grad(out, (q, k, v), grad)
+            torch.autograd.grad(out, leaf, grad)
 
     once()
     torch.cuda.reset_peak_memory_stats()
