@@ -280,6 +280,12 @@ def time_all(problem: Problem, kind: str, tiles, times: dict[Tile, float], clock
     say(f"== {problem.name} {kind}: {len(times)} timed; rule {rule:.4f} ms {astuple(chosen)}")
     for tile in sorted(times, key=times.get)[:6]:
         say(f"   {times[tile]:.4f} ms {astuple(tile)}")
+    if len(problem.grid) == 2 and times:
+        best = repr(min(times, key=times.get))
+        side, length = problem.window[0], cdiv(max(problem.grid), problem.dilation)
+        say(
+            f"   Measured({kind!r}, {problem.dim}, ({window}, {window}), ({length}, {length}), {best}),"
+        )
 
 
 # --- agreement -----------------------------------------------------------------------------------
@@ -418,7 +424,7 @@ def flex(problem: Problem):
         group, at = i % d, i // d
         members = (n - group + d - 1) // d
         start = (at - w // 2).clamp(min=0)
-        start = torch.minimum(start, members - w) if d > 1 else start.clamp(max=members - w)
+        start = torch.minimum(start, members - w)
         return (j % d == group) & (j // d >= start) & (j // d < start + w)
 
     def mask(batch, head, i, j):

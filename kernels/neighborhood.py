@@ -7,7 +7,6 @@ custom operators: they compile without a graph break, export, and can be capture
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -220,8 +219,3 @@ def _check_bias(rpb: Tensor | None, q: Tensor, window: Sequence[int], causal: bo
         raise ConfigError(f"rpb is {rpb.dtype} on {rpb.device}; it must be a float on {q.device}")
     if causal:
         raise ConfigError("rpb is not defined together with is_causal")
-
-
-def useful_flops(shape: Sequence[int], window: Sequence[int], extra: int = 0) -> int:
-    """Multiply-adds counted twice of one forward pass for q `[B, *grid, H, D]`."""
-    return 4 * math.prod(shape) * (math.prod(window) + extra)

@@ -199,9 +199,9 @@ def backward(
     """Gradients of q, k, v, extra_k, extra_v and rpb."""
     batch, *grid, heads, _ = q.shape
     wide = wide_type(q.dtype)
-    dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
+    dq, dk, dv = (x.new_zeros(x.shape, dtype=wide) for x in (q, k, v))
     dek, dev, drpb = (
-        None if x is None else torch.zeros_like(x, dtype=wide) for x in (extra_k, extra_v, rpb)
+        None if x is None else x.new_zeros(x.shape, dtype=wide) for x in (extra_k, extra_v, rpb)
     )
     extra = 0 if extra_k is None else extra_k.shape[1]
     delta = (grad.to(wide) * out.to(wide)).sum(-1, keepdim=True)

@@ -181,6 +181,8 @@ def cost(shape: Shape, kind: Pass, tile: Tile) -> float:
     for axis, side in zip(shape.spans(tile.own, kind == "key"), tile.walk, strict=True):
         steps *= sum(-(-length // side) for length in axis)
         tiles *= len(axis)
-    # Walking two axes costs more than walking one, whole lines at a time.
+    # Walking two axes costs more than walking whole lines; a wide tile whose sides are no powers of
+    # two needs a register for the offset of every row.
     turns = 1.1 if max(shape.spans(tile.own, kind == "key")[2]) > tile.walk[2] else 1.0
-    return steps * (tile.columns + 8) * (tile.rows + 16) * turns + tiles * 6000
+    odd = 1.2 if tile.columns > max(32, math.prod(tile.walk)) else 1.0
+    return steps * (tile.columns + 8) * (tile.rows + 16) * turns * odd + tiles * 6000

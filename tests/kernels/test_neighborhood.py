@@ -341,6 +341,27 @@ def test_operator_registration():
     from vistoken.kernels.neighborhood_ops import neighborhood
 
     q = torch.randn(1, 4, 5, 2, 4, requires_grad=True)
+    turned = torch.randn(1, 2, 5, 4, 4).transpose(1, 3).requires_grad_()
+    extra = torch.randn(1, 3, 2, 4, requires_grad=True)
     rpb = torch.randn(2, 5, 5, requires_grad=True)
-    args = (q, q, q, None, None, rpb, [3, 3], [1, 1], [1, 1], [False, False], 0.5)
+    args = (q, turned, turned, extra, extra, rpb, [3, 3], [1, 1], [1, 1], [False, False], 0.5)
     torch.library.opcheck(neighborhood, args)
+
+
+def test_empty_batches():
+    q = torch.zeros(0, 4, 5, 2, 4, requires_grad=True)
+    out = na2d(q, q, q, 3)
+    assert out.shape == q.shape
+    assert torch.autograd.grad(out.sum(), q)[0].shape == q.shape
+
+
+def test_flops_are_the_useful_ones():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    q = torch.randn(2, 6, 7, 2, 4, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        out = na2d(q, q, q, (3, 2))
+    assert counter.get_total_flops() == 4 * 2 * 42 * 2 * 4 * 6
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 10 * 2 * 42 * 2 * 4 * 6
