@@ -283,9 +283,8 @@ def time_all(problem: Problem, kind: str, tiles, times: dict[Tile, float], clock
     if len(problem.grid) == 2 and times:
         best = repr(min(times, key=times.get))
         side, length = problem.window[0], cdiv(max(problem.grid), problem.dilation)
-        say(
-            f"   Measured({kind!r}, {problem.dim}, ({window}, {window}), ({length}, {length}), {best}),"
-        )
+        where = f"{problem.dim}, ({side}, {side}), ({length}, {length})"
+        say(f"   Measured({kind!r}, {where}, {best}),")
 
 
 # --- agreement -----------------------------------------------------------------------------------
