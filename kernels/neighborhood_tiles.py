@@ -151,8 +151,12 @@ def candidates(shape: Shape, kind: Pass) -> Iterator[Tile]:
             continue
         for box in boxes(shape, tile, kind):
             for columns in (narrow // 2, narrow):
+                # Four programs share a multiprocessor at 128 registers, and nothing spills here.
+                four = columns == 32 < shape.dim <= 64 and kind != "key" and shape.bytes == 2
+                registers = 128 if four else None
                 for walk in walks(box, columns, shape.rank):
-                    yield Tile(tile, walk, 4 if shape.dim <= 64 else 8, stages)
+                    warps = 4 if shape.dim <= 64 else 8
+                    yield Tile(tile, walk, warps, stages, registers=registers)
 
 
 def boxes(shape: Shape, own: Sides, kind: Pass) -> set[Sides]:

@@ -183,9 +183,13 @@ def _forward(
         safe = (total > 1.0e-20) & (total < 1.0e20)
         unsafe = tl.max((inside & ~safe).to(tl.int32), 0)
         if unsafe > 0:
+            # A zero that the compiler cannot see: else it keeps the addresses of this second walk
+            # in registers all through the first one.
+            none = unsafe - 1
             top, total, acc = attend(
-                q, k_ptr, v_ptr, extra_k_ptr, extra_v_ptr, rpb_ptr, own,
-                low_x, high_x, low_y, high_y, low_z, high_z, bx, ex, by, ey, bz, ez,
+                q, k_ptr + none * 16, v_ptr + none * 16, extra_k_ptr, extra_v_ptr, rpb_ptr, own,
+                low_x, high_x, low_y, high_y, low_z, high_z,
+                bx, ex, by + none, ey, bz + none, ez,
                 skx, sky, skz, svx, svy, svz, sen, sfn, wy, wz, extra, scale2,
                 RANK, EXTRA, RPB, BM, KX, KY, KZ, BN, D, BLOCK_D, ONE_BAND, PRECISION, False,
             )  # fmt: skip

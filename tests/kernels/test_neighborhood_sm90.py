@@ -24,7 +24,8 @@ FLOAT = {"lse_ptr", "delta_ptr", "grad_lse_ptr", "rpb_ptr", "part_ptr", "scale",
 
 def build(name, kernel, kind, grid, hood, dim, **more):
     constants = dict(launch.plan_of(grid, hood, dim, 2, kind).constants, **more)
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    options = {"maxnreg": constants.pop("maxnreg", None)}
+    options |= {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     constants = {name: constants[name] for name in kernel.arg_names if name in constants}
     signature, exact = {}, {}
     for at, arg in enumerate(kernel.arg_names):
