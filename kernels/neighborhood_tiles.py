@@ -120,7 +120,40 @@ class Measured:
         )
 
 
-MEASURED: dict[tuple[int, int], tuple[Measured, ...]] = {}
+def flat(
+    own: tuple[int, int], walk: tuple[int, int], stages: int, registers: int | None = None
+) -> Tile:
+    """A tile of two axes with four warps."""
+    return Tile((1, *own), (1, *walk), 4, stages, registers=registers)
+
+
+ANY = 2**31
+MEASURED: dict[tuple[int, int], tuple[Measured, ...]] = {
+    (9, 0): (
+        Measured("forward", 32, (7, 7), (24, 32), flat((14, 4), (3, 10), 3, 96)),
+        Measured("query", 32, (7, 7), (24, 32), flat((16, 4), (3, 10), 4)),
+        Measured("key", 32, (7, 7), (24, 32), flat((4, 14), (7, 17), 2)),
+        Measured("forward", 32, (7, 7), (33, ANY), flat((8, 8), (2, 14), 3)),
+        Measured("query", 32, (7, 7), (33, ANY), flat((8, 8), (2, 14), 4)),
+        Measured("key", 32, (7, 7), (33, ANY), flat((8, 8), (2, 14), 3, 128)),
+        Measured("forward", 64, (7, 7), (13, 15), flat((8, 7), (3, 10), 4, 128)),
+        Measured("query", 64, (7, 7), (13, 15), flat((8, 7), (3, 10), 4, 128)),
+        Measured("key", 64, (7, 7), (13, 15), flat((8, 7), (3, 10), 3, 168)),
+        Measured("forward", 64, (7, 7), (33, ANY), flat((8, 8), (2, 14), 4, 128)),
+        Measured("query", 64, (7, 7), (33, ANY), flat((8, 8), (2, 14), 4, 128)),
+        Measured("key", 64, (7, 7), (33, ANY), flat((8, 8), (2, 14), 3, 168)),
+        Measured("forward", 64, (9, 9), (33, ANY), flat((8, 8), (2, 16), 3, 128)),
+        Measured("query", 64, (9, 9), (33, ANY), flat((8, 8), (2, 16), 4)),
+        Measured("key", 64, (9, 9), (33, 44), flat((8, 8), (3, 10), 3, 168)),
+        Measured("forward", 64, (13, 13), (45, ANY), flat((16, 4), (2, 16), 3)),
+        Measured("query", 64, (13, 13), (45, ANY), flat((16, 4), (2, 16), 3, 96)),
+        Measured("key", 64, (13, 13), (45, 100), flat((8, 8), (4, 8), 3)),
+        Measured("key", 64, (13, 13), (101, ANY), flat((4, 16), (8, 4), 3)),
+        Measured("forward", 128, (31, 31), (101, ANY), Tile((1, 8, 8), (1, 8, 8), 4, 3, True)),
+        Measured("query", 128, (31, 31), (101, ANY), Tile((1, 16, 8), (1, 16, 4), 8, 4)),
+        Measured("key", 128, (31, 31), (101, ANY), Tile((1, 16, 8), (1, 8, 8), 8, 3)),
+    )
+}
 """By compute capability. Each was checked against the float64 reference before it was timed."""
 
 
@@ -137,6 +170,8 @@ def candidates(shape: Shape, kind: Pass) -> Iterator[Tile]:
     """Tiles worth a look."""
     narrow = 64 if shape.bytes == 2 else 32
     stages = 3 if shape.dim <= 128 else 2
+    # Wide heads load so much per key that a key must serve more queries.
+    rows = narrow * 2 if 64 < shape.dim <= 128 and kind != "forward" else narrow
     largest = [group_length(n, d, 0) for n, d in zip(shape.lengths, shape.dilation, strict=True)]
     sizes = [1, 2, 4, 7, 8, 14, 16, 32, 64]
     axes = [
@@ -145,9 +180,9 @@ def candidates(shape: Shape, kind: Pass) -> Iterator[Tile]:
     ]  # fmt: skip
     for own in product(*axes):
         tile = own[0], own[1], own[2]
-        if not narrow // 2 < math.prod(tile) <= narrow and math.prod(largest) > math.prod(tile):
+        if not rows // 2 < math.prod(tile) <= rows and math.prod(largest) > math.prod(tile):
             continue
-        if math.prod(tile) > narrow:
+        if math.prod(tile) > rows:
             continue
         for box in boxes(shape, tile, kind):
             for columns in (narrow // 2, narrow):
@@ -155,7 +190,7 @@ def candidates(shape: Shape, kind: Pass) -> Iterator[Tile]:
                 four = columns == 32 < shape.dim <= 64 and kind != "key" and shape.bytes == 2
                 registers = 128 if four else None
                 for walk in walks(box, columns, shape.rank):
-                    warps = 4 if shape.dim <= 64 else 8
+                    warps = 4 if rows * shape.dim <= 64 * 128 else 8
                     yield Tile(tile, walk, warps, stages, registers=registers)
 
 
@@ -186,7 +221,9 @@ def cost(shape: Shape, kind: Pass, tile: Tile) -> float:
         steps *= sum(-(-length // side) for length in axis)
         tiles *= len(axis)
     # Walking two axes costs more than walking whole lines; a wide tile whose sides are no powers of
-    # two needs a register for the offset of every row.
+    # two needs a register for the offset of every row; more scores at once leave room for fewer
+    # programs on a multiprocessor.
     turns = 1.1 if max(shape.spans(tile.own, kind == "key")[2]) > tile.walk[2] else 1.0
     odd = 1.2 if tile.columns > max(32, math.prod(tile.walk)) else 1.0
-    return steps * (tile.columns + 8) * (tile.rows + 16) * turns * odd + tiles * 6000
+    full = 1.3 if tile.columns * tile.rows >= 1024 * tile.warps else 1.0
+    return steps * (tile.columns + 8) * (tile.rows + 16) * turns * odd * full + tiles * 6000
