@@ -73,6 +73,7 @@ __all__ = [
     "VistokenError",
     "ZeroTPrune",
     "__version__",
+    "accelerate",
     "attention",
     "compile",
     "flops",
@@ -87,7 +88,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`vistoken.view` on first use: pictures need more than torch."""
+    """What needs more than torch, on first use."""
     if name == "view":
         return import_module("vistoken.view")
+    if name == "accelerate":
+        return import_module("vistoken.vlm.accelerate").accelerate
     raise AttributeError(f"module 'vistoken' has no attribute {name!r}")

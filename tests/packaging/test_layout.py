@@ -22,7 +22,7 @@ LAYERS = {
     "state": 4, "attention": 4, "methods": 5, "spec": 5, "tap": 6, "tracing": 6, "sparse": 7,
     "attach": 7, "hooks": 8, "dense": 8, "fast": 8, "patches": 8, "graphs": 8,
     "models": 8, "api": 9, "probe": 9, "latency": 9, "": 10, "clock": 1,
-    "assets": 10, "view": 11, "eval": 11, "train": 12, "cli": 13,
+    "vlm": 10, "assets": 10, "view": 11, "eval": 11, "train": 12, "cli": 13,
 }  # fmt: skip
 HOSTS = {"timm", "open_clip", "transformers", "lightning", "torchmetrics", "matplotlib", "rich"}
 HOSTS_FROM = 8

@@ -1,0 +1,1 @@
+"""Vision-language models: fewer image tokens, and generation without host work."""

@@ -1,0 +1,262 @@
+"""`vistoken.accelerate`: a vision-language model whose `generate` runs from CUDA graphs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vistoken.errors import BackendUnavailableError, ConfigError
+from vistoken.vlm.decode import Decoder, Sampling, make_decoder, round_up
+from vistoken.vlm.decode_layers import Parts, find_parts
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,), "num_return_sequences": (1,), "num_beam_groups": (1,), "min_length": (0,),
+    "min_new_tokens": (0,), "max_time": (), "stop_strings": (), "min_p": (0.0,), "top_h": (),
+    "typical_p": (1.0,), "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,),
+    "repetition_penalty": (1.0,), "encoder_repetition_penalty": (1.0,),
+    "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,), "bad_words_ids": (),
+    "renormalize_logits": (False,), "forced_bos_token_id": (), "forced_eos_token_id": (),
+    "remove_invalid_values": (False,), "exponential_decay_length_penalty": (),
+    "suppress_tokens": (), "begin_suppress_tokens": (), "sequence_bias": (),
+    "token_healing": (False,), "guidance_scale": (1.0,), "watermarking_config": (),
+    "output_attentions": (False,), "output_hidden_states": (False,), "output_scores": (False,),
+    "output_logits": (False,), "return_dict_in_generate": (False,), "penalty_alpha": (0.0,),
+    "prompt_lookup_num_tokens": (), "dola_layers": (), "constraints": (), "force_words_ids": (),
+    "prefill_chunk_size": (), "use_mtp": (False,),
+}  # fmt: skip
+"""Generation settings that must stay at one of these values, or None."""
+
+SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "eos_token_id", "pad_token_id")
+DEFAULTS = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
+"""What transformers takes where neither the call nor the model says."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What enters the language model.
+
+    Attributes:
+        inputs_embeds: `[B, L, C]`.
+        attention_mask: `[B, L]`, 1 for real tokens, or None.
+        position_ids: `[B, L]` or `[planes, B, L]`, or None for 0, 1, 2, ... per row.
+    """
+
+    inputs_embeds: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+
+
+class Accelerated:
+    """A model with a fast `generate`; made by `accelerate`.
+
+    Args:
+        model: a vision-language model of transformers, in eval mode.
+        max_new_tokens: most tokens per call; the cache is sized for the prompt and these.
+        graphs: record CUDA graphs; None does so on CUDA devices.
+    """
+
+    def __init__(self, model: Any, max_new_tokens: int = 64, graphs: bool | None = None) -> None:
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens={max_new_tokens!r}: must be a whole number >= 1")
+        self.model = model
+        self.max_new_tokens = max_new_tokens
+        self._parts: Parts = find_parts(model)
+        device = self._parts.head.weight.device
+        if graphs and device.type != "cuda":
+            raise BackendUnavailableError(
+                f"graphs=True: CUDA graphs need a CUDA device, the model is on {device}"
+            )
+        if model.training:
+            raise BackendUnavailableError("accelerate is for inference; call model.eval() first")
+        self._graphs = device.type == "cuda" if graphs is None else graphs
+        self._pool = torch.cuda.graph_pool_handle() if self._graphs else None
+        self._decoders: dict[tuple[int, int], Decoder] = {}
+        self.execution = "nothing has run yet"
+
+    @torch.no_grad()
+    def generate(self, *, max_new_tokens: int | None = None, **inputs: Any) -> Tensor:
+        """Token ids as `model.generate(**inputs)` returns them: the prompt, then the new tokens.
+
+        Greedy, or drawn by temperature, top-k and top-p from the default random generator of the
+        device, so `torch.manual_seed` makes it repeatable. The first call for a batch size and a
+        rounded prompt length records graphs.
+
+        Args:
+            max_new_tokens: at most the number given to `accelerate`; None is that number.
+            inputs: what the processor returned, on the model's device, and any of `do_sample`,
+                `temperature`, `top_k`, `top_p`, `eos_token_id`, `pad_token_id`.
+
+        Returns:
+            `[B, L + T]` int64.
+
+        Raises:
+            ConfigError: a generation setting that this path does not carry.
+        """
+        count = self._count(max_new_tokens)
+        sampling = read_sampling(self.model.generation_config, inputs)
+        ids = inputs.get("input_ids")
+        if not isinstance(ids, Tensor):
+            raise ConfigError("input_ids: must be given as a tensor [B, L]")
+        prepared = prepare(self._parts, inputs)
+        embeds, lengths, positions = left_aligned(prepared)
+        planes = 0 if positions.ndim == 2 else positions.shape[0]
+        decoder = self._decoder(embeds.shape[0], embeds.shape[1], planes)
+        new = decoder.run(embeds, lengths, positions, count, sampling)
+        return torch.cat([ids, new], 1)
+
+    def clear(self) -> None:
+        """Free caches and graphs; the next call makes them again."""
+        self._decoders.clear()
+        self._pool = torch.cuda.graph_pool_handle() if self._graphs else None
+
+    def _count(self, given: int | None) -> int:
+        """The number of new tokens, checked."""
+        if given is None:
+            return self.max_new_tokens
+        if not isinstance(given, int) or not 1 <= given <= self.max_new_tokens:
+            raise ConfigError(
+                f"max_new_tokens={given!r}: must be in 1 ... {self.max_new_tokens}, the number "
+                "given to accelerate"
+            )
+        return given
+
+    def _decoder(self, batch: int, length: int, planes: int) -> Decoder:
+        """The decoder of a batch size, made anew when a prompt is longer than its cache."""
+        found = self._decoders.get((batch, planes))
+        if found is None or found.length < round_up(length):
+            # The smaller cache is freed first: both need not fit.
+            self._decoders.pop((batch, planes), None)
+            del found
+            found, self.execution = make_decoder(
+                self._parts, batch, length, self.max_new_tokens, planes, self._pool
+            )
+            self._decoders[batch, planes] = found
+        return found
+
+
+def accelerate(
+    model: Any,
+    method: Any = None,
+    max_new_tokens: int = 64,
+    *,
+    graphs: bool | None = None,
+) -> Accelerated:
+    """A vision-language model with prefill and decoding under CUDA graphs.
+
+    Args:
+        model: a `*ForConditionalGeneration` model of transformers with a Llama-, Mistral- or
+            Qwen2-like language model, wrapped by `vistoken.wrap` or not, in eval mode.
+        method: wraps the model first, in place; None leaves it as it is.
+        max_new_tokens: most tokens per call.
+        graphs: record CUDA graphs; None does so on CUDA devices.
+
+    Returns:
+        An object whose `generate` takes what `model.generate` takes.
+
+    Raises:
+        UnsupportedBackboneError: no language model that can be carried.
+        BackendUnavailableError: the model is in training mode, or graphs without CUDA.
+        ConfigError: a wrong setting.
+    """
+    fast = Accelerated(model, max_new_tokens, graphs)
+    if method is not None:
+        from vistoken.api import wrap
+
+        wrap(model, method)
+    return fast
+
+
+def read_sampling(config: Any, inputs: dict[str, Any]) -> Sampling:
+    """Take the generation settings out of `inputs`; what they leave open comes from the model.
+
+    Raises:
+        ConfigError: a setting that the fast path does not carry.
+    """
+    if inputs.pop("generation_config", None) is not None:
+        raise ConfigError(
+            "generation_config: pass settings by name, or set model.generation_config"
+        )
+    for name in ("streamer", "logits_processor", "stopping_criteria", "assistant_model",
+                 "past_key_values", "inputs_embeds", "max_length"):  # fmt: skip
+        if inputs.get(name) is not None:
+            raise ConfigError(f"{name}: not carried by the fast path; use model.generate")
+    for name, neutral in NEUTRAL.items():
+        value = inputs.pop(name) if name in inputs else getattr(config, name, None)
+        if value is not None and value not in neutral:
+            raise ConfigError(
+                f"{name}={value!r}: not carried by the fast path"
+                f"{f', which has {neutral[0]!r}' if neutral else ''}; use model.generate"
+            )
+    given: dict[str, Any] = {}
+    for name in SETTINGS:
+        value = inputs.pop(name, None)
+        value = getattr(config, name, None) if value is None else value
+        given[name] = DEFAULTS.get(name) if value is None else value
+    inputs.pop("use_cache", None)
+    eos = given["eos_token_id"]
+    eos = eos.tolist() if isinstance(eos, Tensor) else eos
+    ends = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
+    ends = tuple(end for end in ends if end >= 0)
+    pad = given["pad_token_id"]
+    pad = (ends[0] if ends else 0) if pad is None else int(pad)
+    if not given["do_sample"]:
+        return Sampling(eos=ends, pad=pad)
+    if not given["temperature"] > 0:
+        raise ConfigError(f"temperature={given['temperature']!r}: must be > 0")
+    if given["top_k"] < 0:
+        raise ConfigError(f"top_k={given['top_k']!r}: must be >= 0; 0 is all")
+    if not 0 < given["top_p"] <= 1:
+        raise ConfigError(f"top_p={given['top_p']!r}: must be in (0, 1]")
+    return Sampling(
+        True, float(given["temperature"]), int(given["top_k"]), float(given["top_p"]), ends, pad
+    )
+
+
+class _Reached(Exception):
+    """Carries the arguments of the language model out of the model's forward."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        self.arguments = arguments
+
+
+def prepare(parts: Parts, inputs: dict[str, Any]) -> Prepared:
+    """What the model's own forward hands to its language model; that itself does not run."""
+
+    def stop(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached(kwargs)
+
+    handle = parts.decoder.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        parts.model(**inputs)
+    except _Reached as reached:
+        given = reached.arguments
+    finally:
+        handle.remove()
+    return Prepared(given["inputs_embeds"], given.get("attention_mask"), given.get("position_ids"))
+
+
+def left_aligned(prepared: Prepared) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings, lengths `[B]` and positions with each row's real tokens first, in order."""
+    embeds, mask, positions = (
+        prepared.inputs_embeds, prepared.attention_mask, prepared.position_ids
+    )  # fmt: skip
+    batch, length = embeds.shape[:2]
+    count = torch.arange(length, device=embeds.device).expand(batch, length)
+    if mask is None:
+        lengths = torch.full((batch,), length, device=embeds.device)
+        return (
+            embeds,
+            lengths,
+            count if positions is None else positions.expand(*positions.shape[:-2], batch, length),
+        )
+    real = mask.to(embeds.device).bool()
+    order = (~real).to(torch.uint8).argsort(dim=1, stable=True)
+    embeds = embeds.gather(1, order[..., None].expand_as(embeds))
+    if positions is None:
+        return embeds, real.sum(1), count
+    order = order.expand(*positions.shape[:-2], batch, length)
+    return embeds, real.sum(1), positions.expand_as(order).gather(-1, order)
