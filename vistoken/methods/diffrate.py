@@ -13,6 +13,7 @@ from vistoken.errors import ConfigError, ScheduleError
 from vistoken.kernels.match import best_match_at
 from vistoken.kernels.ranking import rank_tokens
 from vistoken.methods.base import Features, Method, Need, require
+from vistoken.methods.features import MatchingFeatures, as_features
 from vistoken.schedule import Schedule, Step, solve
 from vistoken.shape import ModelShape
 from vistoken.state import Assignment, TokenState
@@ -36,6 +37,8 @@ class DiffRate(Method):
         schedule: a `Schedule`, the path of a file written by `Schedule.save`, or a pair of lists:
             tokens left in each block after pruning and after merging, prefix included.
         rescale: stretch counts made for another token count instead of refusing them.
+        features: file of learned matching features, as `train.py` exports them; None matches the
+            residual stream.
     """
 
     name: ClassVar[str] = "diffrate"
@@ -47,6 +50,7 @@ class DiffRate(Method):
     model: str | None = None
     schedule: Schedule | str | Sequence[Sequence[int]] | None = None
     rescale: bool = False
+    features: str | MatchingFeatures | None = None
 
     def check(self) -> None:
         """Check that exactly one source of counts is given."""
@@ -66,6 +70,7 @@ class DiffRate(Method):
             names = tuple(published())
             require(self, "model", self.model in names, f"one of {names}")
             require(self, "model", self.gflops is not None, "given together with gflops")
+        object.__setattr__(self, "features", as_features(self.features))
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -74,6 +79,12 @@ class DiffRate(Method):
 
     def counts(self, shape: ModelShape) -> Schedule:
         """The counts from whichever source was given."""
+        schedule = self._counts(shape)
+        if isinstance(self.features, MatchingFeatures):
+            self.features.check(shape, schedule)
+        return schedule
+
+    def _counts(self, shape: ModelShape) -> Schedule:
         if self.schedule is not None:
             return self._stored(shape)
         assert self.gflops is not None
@@ -144,6 +155,8 @@ class DiffRate(Method):
         if step.pruned == step.merged:
             return Assignment(keep=keep)
         src = order[:, step.merged : step.pruned]
+        if isinstance(self.features, MatchingFeatures):
+            x = self.features.project(x, step.block)
         cosine, partner = best_match_at(x, src, keep[:, prefix:])
         return Assignment(
             keep=keep, src=src, dst=partner + prefix, gain=cosine.clamp_min(0).float()

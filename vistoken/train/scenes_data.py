@@ -9,6 +9,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vistoken.eval.reference import ReferenceScenes
 from vistoken.eval.scenes import (
     TEST_SEED,
     TRAIN_SEED,
@@ -46,12 +47,15 @@ class ScenesData(LightningDataModule):  # type: ignore[misc]
     test split.
 
     Args:
-        root: Folder with Fashion-MNIST; None means the folder of the Debian package.
+        root: Folder with Fashion-MNIST; None means the folder of the Debian package. `embedded`
+            takes the garments in the package: every other one trains, the rest validate and test.
         batch_size: Scenes a step.
         size: Side of the canvas in pixels.
         val_garments: Garments of the training split kept for validation.
         limit: Use only this many garments of each part; None means all.
         compile: Whether to compile the renderer of the training scenes with `torch.compile`.
+        repeats: Scenes of every garment in one pass over the training part.
+        val_repeats: Scenes of every garment in one pass over the other parts.
     """
 
     def __init__(
@@ -62,6 +66,8 @@ class ScenesData(LightningDataModule):  # type: ignore[misc]
         val_garments: int = 2000,
         limit: int | None = None,
         compile: bool = False,
+        repeats: int = 1,
+        val_repeats: int = 1,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -71,6 +77,9 @@ class ScenesData(LightningDataModule):  # type: ignore[misc]
     def setup(self, stage: str) -> None:
         """Read both splits and hold out the validation garments."""
         root, held = self.hparams["root"], self.hparams["val_garments"]
+        if root == "embedded":
+            self.tables = self._embedded()
+            return
         images, labels = load_fashion_mnist(root, "train")
         limit = self.hparams["limit"]
         self.tables = {
@@ -81,9 +90,20 @@ class ScenesData(LightningDataModule):  # type: ignore[misc]
             images, labels = load_fashion_mnist(root, "test")
             self.tables["test"] = (images[:limit], labels[:limit])
 
+    def _embedded(self) -> dict[Part, tuple[Tensor, Tensor]]:
+        """The garments of the package in two halves."""
+        known, limit = ReferenceScenes(), self.hparams["limit"]
+        halves = [(known.garments[i::2][:limit], known.labels[i::2][:limit]) for i in (0, 1)]
+        return {"train": halves[0], "val": halves[1], "test": halves[1]}
+
+    def _count(self, part: Part) -> int:
+        """Scenes in one pass."""
+        repeats: int = self.hparams["repeats" if part == "train" else "val_repeats"]
+        return repeats * len(self.tables[part][0])
+
     def _loader(self, part: Part) -> DataLoader[int]:
         training = part == "train"
-        numbers = SceneNumbers(len(self.tables[part][0]))
+        numbers = SceneNumbers(self._count(part))
         return DataLoader(numbers, self.hparams["batch_size"], shuffle=training, drop_last=training)
 
     def train_dataloader(self) -> DataLoader[int]:
@@ -106,7 +126,7 @@ class ScenesData(LightningDataModule):  # type: ignore[misc]
         """
         part, seed, epoch = self._part()
         garments, labels = self._table_on(part, batch.device)
-        numbers = batch + epoch * len(garments)
+        numbers = batch + epoch * self._count(part)
         training = part == "train"
         paint = self.paint if training else None
         with torch.no_grad():

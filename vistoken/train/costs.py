@@ -1,0 +1,170 @@
+"""What a set of counts costs, with a gradient: GFLOPs in closed form, or measured milliseconds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vistoken.errors import ConfigError, ScheduleError
+from vistoken.flops import count_macs
+from vistoken.latency import LatencyTable
+from vistoken.methods import DiffRate
+from vistoken.schedule import Schedule, weakest
+from vistoken.shape import ModelShape
+from vistoken.train.rates import Plan, Rates
+
+
+class Cost(nn.Module):
+    """Base: the cost of counts, and the schedules that meet a target.
+
+    Attributes:
+        shape: lengths and costs of the model.
+        dense: cost of the model without reduction.
+        unit: name of the unit.
+    """
+
+    unit = ""
+
+    def __init__(self, shape: ModelShape, dense: float) -> None:
+        super().__init__()
+        self.shape, self.dense = shape, dense
+
+    def forward(self, plan: Plan) -> Tensor:
+        """Cost of a plan, a scalar with a gradient to its counts."""
+        return self.of(plan.kept, plan.waking)
+
+    def of(self, kept: Tensor, waking: Tensor | None = None) -> Tensor:
+        """Cost of counts `[depth]` that leave each block."""
+        raise NotImplementedError
+
+    def exactly(self, schedule: Schedule) -> float:
+        """Cost of a schedule."""
+        raise NotImplementedError
+
+    def closest(self, target: float) -> Schedule:
+        """The weakest closed-form counts that cost at most `target`.
+
+        Raises:
+            ScheduleError: none is that cheap.
+        """
+
+        def cost(share: float) -> float | None:
+            try:
+                method = DiffRate.at_gflops(self.shape, share * count_macs(self.shape) / 1e9)
+                return self.exactly(method.plan(self.shape))
+            except ScheduleError:
+                return None
+
+        share, lowest = weakest(target, cost)
+        if share is None:
+            raise ScheduleError(
+                f"a cost of {target:.4g} {self.unit} is out of reach: closed-form counts go down "
+                f"to {lowest:.4g} {self.unit}, from {self.dense:.4g} {self.unit} without reduction"
+            )
+        return DiffRate.at_gflops(self.shape, share * count_macs(self.shape) / 1e9).plan(self.shape)
+
+
+class FlopsCost(Cost):
+    """Multiply-accumulates of one image in G, the papers' convention."""
+
+    unit = "GFLOPs"
+    per_block: Tensor
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__(shape, count_macs(shape) / 1e9)
+        rows = [(cost.attn_linear, 2 * cost.attn_width, cost.mlp_linear) for cost in shape.blocks]
+        costs = torch.tensor(rows, dtype=torch.float64).T / 1e9
+        self.register_buffer("per_block", costs.float(), persistent=False)
+        self.around = (shape.tokens * shape.stem + shape.head) / 1e9
+
+    def of(self, kept: Tensor, waking: Tensor | None = None) -> Tensor:
+        """GFLOPs of counts `[depth]`."""
+        linear, mixing, mlp = self.per_block.to(kept.dtype)
+        entering = torch.cat([kept.new_full((1,), float(self.shape.tokens)), kept[:-1]])
+        per_block = entering * linear + entering * entering * mixing + kept * mlp
+        total: Tensor = per_block.sum() + self.around
+        return total
+
+    def exactly(self, schedule: Schedule) -> float:
+        """GFLOPs of a schedule."""
+        return schedule.gflops(self.shape)
+
+
+class LatencyCost(Cost):
+    """Milliseconds of one batch by a measured table, linear between its counts.
+
+    What reducing adds in a block is paid when it removes any token; its gradient is that of the
+    chance to remove one.
+
+    Args:
+        table: block times of this very model.
+    """
+
+    unit = "ms"
+    knots: Tensor
+    columns: Tensor
+
+    def __init__(self, table: LatencyTable) -> None:
+        super().__init__(table.shape, table.dense_ms)
+        self.table = table
+        columns = torch.tensor((table.attn_ms, table.reduce_ms, table.mlp_ms))
+        self.register_buffer("knots", torch.tensor(table.tokens).float(), persistent=False)
+        self.register_buffer("columns", columns, persistent=False)
+
+    def of(self, kept: Tensor, waking: Tensor | None = None) -> Tensor:
+        """Milliseconds of counts `[depth]`: `LatencyTable.cost` on the device, without a copy."""
+        entering = torch.cat([kept.new_full((1,), float(self.shape.tokens)), kept[:-1]])
+        if waking is None:
+            waking = (kept < entering).to(kept.dtype)
+        attn, reduce = self._at(slice(0, 2), entering)
+        (mlp,) = self._at(slice(2, 3), kept if self.table.where == "mlp" else entering)
+        total: Tensor = (attn + waking * reduce + mlp).sum() + self.table.rest_ms
+        return total
+
+    def _at(self, columns: slice, counts: Tensor) -> Tensor:
+        """Columns `[c, depth]` at counts `[depth]`."""
+        knots, values = self.knots.to(counts.dtype), self.columns[columns].to(counts.dtype)
+        counts = counts.clamp(float(self.table.tokens[0]), float(self.table.tokens[-1]))
+        right = torch.searchsorted(knots, counts.detach()).clamp(1, len(self.table.tokens) - 1)
+        left = right - 1
+        share = (counts - knots[left]) / (knots[right] - knots[left])
+        return torch.lerp(values[:, left], values[:, right], share)
+
+    def exactly(self, schedule: Schedule) -> float:
+        """Predicted milliseconds of a schedule."""
+        return self.table.predict(schedule)
+
+
+def resolve_target(cost: Cost, target_gflops: float | None, target_speedup: float | None) -> float:
+    """The target in the unit of a cost.
+
+    Raises:
+        ConfigError: not exactly one target, or one that this cost does not have.
+    """
+    if (target_gflops is None) == (target_speedup is None):
+        raise ConfigError("give either target_gflops or target_speedup")
+    if target_speedup is not None:
+        if not target_speedup > 1:
+            raise ConfigError(f"target_speedup={target_speedup}: must be larger than 1")
+        return cost.dense / target_speedup
+    if isinstance(cost, LatencyCost):
+        raise ConfigError("cost='latency' aims at milliseconds; give target_speedup")
+    assert target_gflops is not None
+    return target_gflops
+
+
+def check_reachable(cost: Cost, rates: Rates, target: float) -> None:
+    """Raise `ScheduleError` for a target that no counts of the learned blocks can meet."""
+    shape = rates.shape
+    fewest = shape.prefix + max(1, int(rates.candidates[-1]))
+    counts = [(shape.tokens, shape.tokens)] * shape.depth
+    for block in range(rates.blocks[0], shape.depth):
+        counts[block] = (fewest, fewest)
+    lowest = cost.exactly(Schedule(shape.tokens, shape.prefix, tuple(counts)))
+    if not lowest <= target < cost.dense:
+        share = cost.dense / target
+        raise ScheduleError(
+            f"a target of {target:.4g} {cost.unit} ({share:.3g}x) cannot be reached: with blocks "
+            f"{rates.blocks[0]} to {rates.blocks[-1]} learned the model costs between "
+            f"{lowest:.4g} and {cost.dense:.4g} {cost.unit}"
+        )
