@@ -358,6 +358,8 @@ def test_empty_batches():
 def test_flops_are_the_useful_ones():
     from torch.utils.flop_counter import FlopCounterMode
 
+    import vistoken.kernels.neighborhood_flops  # noqa: F401
+
     q = torch.randn(2, 6, 7, 2, 4, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         out = na2d(q, q, q, (3, 2))
