@@ -49,11 +49,10 @@ def reduction():
 
 
 def neighborhood():
-    for call, grid, window in [(na1d, (37,), 7), (na2d, (11, 19), 5), (na3d, (5, 6, 7), 3)]:
+    for call, grid, window in [(na1d, (37,), 7), (na2d, (11, 19), 5), (na3d, (6, 6, 7), 3)]:
         for dilation in (1, 2):
             q, k, v = (draw(2, *grid, 3, 32, grad=True) for _ in "qkv")
-            call(q, k, v, window if window * dilation <= min(grid) else 3,
-                 dilation=dilation).float().sum().backward()  # fmt: skip
+            call(q, k, v, window, dilation=dilation).float().sum().backward()
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 Every row is paired: dense and reduced passes alternate and medians are compared, graph
 against graph. `free` drops the same counts by slicing: the bound of a reduction that costs nothing
 and fuses nothing. `free chain` drops them by fixed indices inside the fused chain: what the first
-method takes longer is what choosing and merging tokens costs. `tome:r=0` is the fused chain
-without any reduction.
+method takes longer is what choosing and merging tokens costs. `bypass` is the first method with the
+chain off, `tome:r=0` the chain without any reduction.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 import triton
 
 import vistoken
+from vistoken.api import attachment_of
 from vistoken.graphs import Graphed
 from vistoken.methods.base import Method
 from vistoken.schedule import Schedule
@@ -140,7 +141,13 @@ def measure(key, compiled):
         if batch <= 8:
             runs[f"{text} eager"], notes[f"{text} eager"] = wrapped, (text, "eager")
     kept = infos[methods[0]].counts
-    if "transformers" not in name and "eva" not in name:
+    plain = "transformers" not in name and "eva" not in name
+    if plain and batch > 8:
+        bypass = vistoken.wrap(copy.deepcopy(model), methods[0])
+        attachment_of(bypass).fused = "switched off for the comparison"
+        infos["bypass"], runs["bypass graph"] = vistoken.info(bypass), Graphed(bypass)
+        notes["bypass graph"] = ("bypass", "graph")
+    if plain:
         runs["free graph"] = Graphed(Free(model, kept).eval())
         chain = vistoken.wrap(copy.deepcopy(model), FixedDrop(kept=tuple(kept)))
         runs["free chain graph"] = Graphed(chain)

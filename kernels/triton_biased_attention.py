@@ -61,7 +61,7 @@ def config(tokens: int, dim: int) -> tuple[int, int, int, int, bool]:
     """Query rows, key rows, warps, stages, and whether the last keys have a loop of their own."""
     if dim > 64:
         return 64, 64, 4, 2, True
-    return 64, 32, 4, 3, False
+    return (64, 32, 4, 3, False) if tokens <= 256 else (128, 64, 8, 3, False)
 
 
 def padded_log2(bias: Tensor, sizes: bool) -> Tensor:
