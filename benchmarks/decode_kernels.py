@@ -71,8 +71,8 @@ def products(name, batch, tiles, early):
     def line(label, make):
         try:
             ms = replayed([make(group) for group in weights]) / copies
-            print(f"{name:8} b{batch:<3} {label:34} {1000 * ms:7.2f} us {size / ms / 1e9:5.2f} TB/s",
-                  flush=True)  # fmt: skip
+            speed = f"{1000 * ms:7.2f} us {size / ms / 1e9:5.2f} TB/s"
+            print(f"{name:8} b{batch:<3} {label:34} {speed}", flush=True)
         except Exception as error:
             print(f"{name:8} b{batch:<3} {label:34} {type(error).__name__} {str(error)[:80]}")
 

@@ -11,7 +11,7 @@ from vistoken.cli.errors import guarded
 from vistoken.errors import ConfigError
 
 SIZES = {
-    # hidden, intermediate, layers, heads, key heads, vision hidden, vision layers, image side, vocab
+    # hidden, inner, layers, heads, key heads; vision hidden, layers, image side; vocabulary
     "7b": (4096, 11008, 32, 32, 32, 1024, 24, 336, 32064),
     "1b": (2048, 5632, 22, 32, 4, 1024, 24, 336, 32064),
     "tiny": (64, 96, 2, 4, 2, 32, 2, 56, 128),
