@@ -4,16 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 
-from vistoken.train.classifier import Classifier
-from vistoken.train.scenes_data import ScenesData
+# Imported so that configurations may name them without their module.
+from vistoken.train.classifier import Classifier as Classifier
+from vistoken.train.images import ImagesData as ImagesData
+from vistoken.train.learn import RateLearning as RateLearning
+from vistoken.train.scenes_data import ScenesData as ScenesData
 
 
 class TrainCLI(LightningCLI):  # type: ignore[misc]
-    """Lightning's command line that leaves `last.ckpt` in the run's folder after a fit."""
+    """Lightning's command line that keeps `last.ckpt` in the run's folder."""
+
+    def instantiate_trainer(self, **given: Any) -> Trainer:
+        """Build the trainer; checkpoints without a folder of their own go to the run's."""
+        trainer = super().instantiate_trainer(**given)
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = trainer.default_root_dir
+        return trainer
 
     def after_fit(self) -> None:
         """Save the last state, also where a step or time limit ended the run inside an epoch."""
@@ -31,8 +45,8 @@ def main(args: Sequence[str] | None = None) -> TrainCLI:
     """
     torch.set_float32_matmul_precision("high")
     return TrainCLI(
-        Classifier,
-        ScenesData,
+        LightningModule,
+        LightningDataModule,
         args=None if args is None else list(args),
         subclass_mode_model=True,
         subclass_mode_data=True,

@@ -21,7 +21,9 @@ from vistoken.train.backbone import layer_groups, make_backbone
 from vistoken.train.costs import Cost, FlopsCost, LatencyCost, check_reachable, resolve_target
 from vistoken.train.masked import simulate, twin
 from vistoken.train.matching import Matching
+from vistoken.train.order import seed_epoch
 from vistoken.train.rates import Carry, Rates, initial_schedule
+from vistoken.train.report import DataWait, RateReport
 from vistoken.train.schedules import cosine_factor, time_progress
 
 Batch = tuple[Tensor, Tensor]
@@ -268,6 +270,14 @@ class RateLearning(LightningModule):  # type: ignore[misc]
             dense = self._aside["teacher"](images).float().log_softmax(-1)
         own = logits.float().log_softmax(-1)
         return F.kl_div(own, dense, log_target=True, reduction="batchmean")
+
+    def configure_callbacks(self) -> list[Any]:
+        """Counts over time, the exported schedule and its picture, the wait for data."""
+        return [RateReport(), DataWait()]
+
+    def on_train_epoch_start(self) -> None:
+        """Make the epoch's randomness depend on seed and epoch alone, so that runs resume."""
+        seed_epoch(self.current_epoch, self.global_rank)
 
     def on_fit_start(self) -> None:
         """Bring the copies that are no submodules to the device."""

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from vistoken.eval.reference import ReferenceScenes
 from vistoken.eval.scenes import (
@@ -104,7 +104,13 @@ class ScenesData(LightningDataModule):  # type: ignore[misc]
     def _loader(self, part: Part) -> DataLoader[int]:
         training = part == "train"
         numbers = SceneNumbers(self._count(part))
-        return DataLoader(numbers, self.hparams["batch_size"], shuffle=training, drop_last=training)
+        batch = self.hparams["batch_size"]
+        if not training:
+            return DataLoader(numbers, batch)
+        world = 1 if self.trainer is None else self.trainer.world_size
+        rank = 0 if self.trainer is None else self.trainer.global_rank
+        order: DistributedSampler[int] = DistributedSampler(numbers, world, rank, drop_last=True)
+        return DataLoader(numbers, batch, sampler=order, drop_last=True)
 
     def train_dataloader(self) -> DataLoader[int]:
         """Return shuffled scene numbers."""
