@@ -118,7 +118,7 @@ class LatencyCost(Cost):
             waking = (kept < entering).to(kept.dtype)
         attn, reduce = self._at(slice(0, 2), entering)
         (mlp,) = self._at(slice(2, 3), kept if self.table.where == "mlp" else entering)
-        total: Tensor = (attn + waking * reduce + mlp).sum() + self.table.rest_ms
+        total: Tensor = (attn + waking * reduce + mlp).sum() + self.table.wrapped_rest_ms
         return total
 
     def _at(self, columns: slice, counts: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from vistoken.errors import (
     UnsupportedBackboneError,
     UnsupportedMethodError,
 )
-from vistoken.hooks import attach, detach
+from vistoken.hooks import Hook, attach, detach
 from vistoken.kernels.attention import class_row
 from vistoken.kernels.biased_attention import biased_attention, biased_attention_reference
 from vistoken.kernels.ranking import rank_tokens
@@ -133,6 +133,7 @@ class Simulation(Attachment):
         self.rates = rates
         self.matching = matching
         self.index = {block: place for place, block in enumerate(rates.blocks)}
+        self.ahead: Plan | None = None
 
     def open(self, x: Tensor) -> Frame:
         """The frame of a new forward pass, with the counts of this moment."""
@@ -142,7 +143,8 @@ class Simulation(Attachment):
                 "train at the model's image size"
             )
         frame = Frame(TokenState(x.shape[1], self.shape.prefix, self.grid), self.shape.depth)
-        frame.states[0] = MaskedState(frame.state(0), self.rates())
+        plan, self.ahead = self.ahead, None
+        frame.states[0] = MaskedState(frame.state(0), self.rates() if plan is None else plan)
         return frame
 
     def masked(self, block: int) -> MaskedState:
@@ -177,7 +179,8 @@ class Simulation(Attachment):
             raise TapError(f"no fused attention call passed through block {block}")
         with torch.autocast(x.device.type, enabled=False):
             after, merged = self._reduce(block, x, state, signals["class_row"])
-        frame.states[block + 1] = after
+        if frame.states[block + 1] is None:  # else activation checkpointing recomputes
+            frame.states[block + 1] = after
         return merged
 
     def _reduce(
@@ -246,6 +249,15 @@ class Simulation(Attachment):
         return (y * share[..., None]).to(y.dtype)
 
 
+class PlanAhead(Hook):
+    """Pre-hook of the host: counts are planned before any block that may be recomputed."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        simulation = self.attachment
+        assert isinstance(simulation, Simulation)
+        simulation.ahead = simulation.rates()
+
+
 def _rank(row: Tensor, state: MaskedState) -> Tensor:
     """Tokens `[B, N0]` from the most attended down, prefix first, the dead last.
 
@@ -285,6 +297,8 @@ def simulate(model: nn.Module, rates: Rates, matching: Matching | None = None) -
     found = (backbone.spec, DiffRate(schedule=dense), backbone.shape, backbone.host)
     simulation = Simulation(rates, matching, *found, backbone.blocks, "nearest")
     attach(simulation)
+    ahead = backbone.host.register_forward_pre_hook(PlanAhead(simulation))
+    simulation.handles.append(ahead)
     model.__dict__[KEY] = simulation
     return simulation
 

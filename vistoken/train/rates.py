@@ -188,7 +188,7 @@ def bell(wanted: Tensor, candidates: Tensor, spread: float) -> Tensor:
     """
     grid = candidates.double()
     half = 0.5 * float(grid[0] - grid[1]) if len(grid) > 1 else 0.5
-    aim = (wanted.double() - min(half, 0.5)).clamp(float(grid[-1]) + 0.01)[..., None]
+    aim = (wanted.double() - min(half, 0.5)).clamp(float(grid[-1]) + SLACK / 2)[..., None]
     low, high = torch.full_like(aim, -1e5), torch.full_like(aim, 1e5)
     for _ in range(80):
         middle = (low + high) / 2
