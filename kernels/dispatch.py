@@ -58,7 +58,8 @@ def _constant(index: int) -> str | None:
     return _gpu_reason(index)
 
 
-_constant = torch.compiler.assume_constant_result(_constant)
+# What `torch.compiler.assume_constant_result` does, without importing the compiler for it.
+_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
