@@ -125,6 +125,12 @@ class Accelerated:
 
     def _decoder(self, batch: int, length: int, planes: int) -> Decoder:
         """The decoder of a batch size, made anew when a prompt is longer than its cache."""
+        window = self._parts.window
+        if window is not None and round_up(length) + self.max_new_tokens > window:
+            raise ConfigError(
+                f"a prompt of {length} tokens and max_new_tokens={self.max_new_tokens}: together "
+                f"at most {window}, the model's sliding window; use model.generate"
+            )
         found = self._decoders.get((batch, planes))
         if found is None or found.length < round_up(length):
             # The smaller cache is freed first: both need not fit.

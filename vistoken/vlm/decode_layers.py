@@ -53,6 +53,12 @@ class Parts:
     config: Any
 
     @property
+    def window(self) -> int | None:
+        """Tokens that a token can look back on, where that is limited."""
+        found: int | None = getattr(self.config, "sliding_window", None)
+        return found if getattr(self.config, "use_sliding_window", True) else None
+
+    @property
     def cache_shape(self) -> tuple[int, int]:
         """Key heads and their width."""
         heads = self.config.num_attention_heads
@@ -244,7 +250,7 @@ def why_not_chain(parts: Parts) -> str | None:
         if len(set(biased[:3])) > 1 or len(set(biased[4:6])) > 1:
             return "only some of the joint projections have a bias"
         for module in layer.modules():
-            if module._forward_hooks or module._forward_pre_hooks:
+            if _hooked(module):
                 return f"'{type(module).__name__}' of a layer has hooks"
         if type(layer.mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
             return f"its activation is {type(layer.mlp.act_fn).__name__}"
@@ -298,6 +304,12 @@ def layer_error(parts: Parts, layer: Any, batch: int = 2, tokens: int = 70) -> f
         change = (own - x)[:rows].float().norm()
         worst = max(worst, float((got - own[:rows]).float().norm() / change))
     return worst
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether hooks may change what a module does; those of transformers only take notes."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(not str(getattr(h, "__module__", "")).startswith("transformers.") for h in hooks)
 
 
 def _linear(
