@@ -43,6 +43,7 @@ from vistoken.methods import (
 from vistoken.schedule import Schedule
 from vistoken.state import Assignment, SourceMap
 from vistoken.tracing import Trace
+from vistoken.vlm import HiRED, PoolTokens, RandomTokens
 
 __all__ = [
     "MCTF",
@@ -53,13 +54,16 @@ __all__ = [
     "DiffRate",
     "EViT",
     "Graphed",
+    "HiRED",
     "Info",
     "LatencyTable",
     "Method",
     "NeighborhoodAttention",
     "NotWrappedError",
     "Pool",
+    "PoolTokens",
     "RandomDrop",
+    "RandomTokens",
     "RecomputeError",
     "Schedule",
     "ScheduleError",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from vistoken.errors import (
 )
 from vistoken.flops import count_macs
 from vistoken.hooks import attach, detach
-from vistoken.methods import parse
+from vistoken.methods import HostedAttachment, HostedMethod, parse
 from vistoken.methods.base import Method, Need
 from vistoken.methods.sparse import SparseAttention
 from vistoken.models.detect import Backbone, find, grid_at
@@ -36,7 +36,7 @@ KEY = "_vistoken"
 """Attribute of a wrapped model that holds its attachment."""
 
 
-def wrap(model: M, method: Method | str, *, fill: Fill = "nearest") -> M:
+def wrap(model: M, method: Method | HostedMethod | str, *, fill: Fill = "nearest") -> M:
     """Make a vision model run with fewer tokens, in place.
 
     Class, parameters, `state_dict` keys and call stay as they are; `unwrap` undoes it exactly. Wrap
@@ -44,7 +44,8 @@ def wrap(model: M, method: Method | str, *, fill: Fill = "nearest") -> M:
 
     Args:
         model: a model of timm, open_clip or transformers that contains one supported vision
-            transformer, or that transformer itself.
+            transformer, or that transformer itself; for methods that cut image tokens in front of
+            a language model, the transformers model with `generate`.
         method: a method's settings, or its command-line form such as `"tome:r=13"`.
         fill: what pruned cells get in dense outputs: the value of the kept token `nearest` on the
             patch grid, or `zeros`.
@@ -60,13 +61,16 @@ def wrap(model: M, method: Method | str, *, fill: Fill = "nearest") -> M:
         ScheduleError: the method's counts do not fit the model.
     """
     method = parse(method) if isinstance(method, str) else method
-    if not isinstance(method, Method):
+    if not isinstance(method, (Method, HostedMethod)):
         raise ConfigError(
             f"method={method!r}: must be a vistoken method or a string such as 'tome:r=13'"
         )
     if fill not in get_args(Fill):
         raise ConfigError(f"fill={fill!r}: must be one of {get_args(Fill)}")
     _check_model(model)
+    if not isinstance(method, Method):
+        model.__dict__[KEY] = method.attach_to(model)
+        return model
     backbone = find(model)
     check_method(backbone, method)
     attachment = Attachment(
@@ -90,6 +94,11 @@ def unwrap(model: M) -> M:
     Raises:
         NotWrappedError: the model carries no method.
     """
+    found = hosted_of(model)
+    if found is not None:
+        found[1].detach()
+        del found[0].__dict__[KEY]
+        return model
     owner, attachment = _find_attachment(model)
     detach(attachment)
     fast.unbind(attachment)
@@ -139,12 +148,17 @@ class Info:
         )
 
 
-def info(model: nn.Module) -> Info:
-    """Method, family, counts, cost and execution path of a wrapped model.
+def info(model: nn.Module) -> Any:
+    """Method, family, counts, cost and execution path of a wrapped model: an `Info`.
+
+    A vision-language model gives a `vistoken.vlm.LanguageInfo`: what was cut from each image.
 
     Raises:
         NotWrappedError: the model carries no method.
     """
+    found = hosted_of(model)
+    if found is not None:
+        return found[1].describe()
     owner, attachment = _find_attachment(model)
     schedule, shape = attachment.plan(attachment.shape.grid), attachment.shape
     method = attachment.method
@@ -207,7 +221,10 @@ def flops(
         if attachment is None:
             return count_macs(shape) / 1e9
         method = attachment.method
-    return (parse(method) if isinstance(method, str) else method).cost(shape)
+    method = parse(method) if isinstance(method, str) else method
+    if not isinstance(method, Method):
+        raise ConfigError(f"{method!r} cuts prompts, not the tower: its cost depends on the text")
+    return method.cost(shape)
 
 
 def schedule_of(model: nn.Module) -> Schedule:
@@ -223,6 +240,15 @@ def shape_of(model: nn.Module) -> ModelShape:
         UnsupportedBackboneError: no supported vision transformer is in the model.
     """
     return find(model).shape
+
+
+def hosted_of(model: nn.Module) -> tuple[nn.Module, HostedAttachment] | None:
+    """The module that carries a method of its own making, and that method's attachment."""
+    for module in model.modules():
+        found = module.__dict__.get(KEY)
+        if found is not None and not isinstance(found, Attachment):
+            return module, found
+    return None
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
@@ -265,7 +291,8 @@ def _check_model(model: nn.Module) -> None:
         raise UnsupportedBackboneError(
             f"{type(model).__name__} is compiled already; wrap the model first, then compile it"
         )
-    found = attachment_of(model)
+    hosted = hosted_of(model)
+    found = attachment_of(model) if hosted is None else hosted[1]
     if found is not None:
         raise AlreadyWrappedError(
             f"the model carries {found.method.to_string()} already; vistoken.unwrap(model) first"

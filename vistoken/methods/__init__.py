@@ -13,6 +13,7 @@ from vistoken.methods.base import Features, Method, Need, parse_value
 from vistoken.methods.baselines import Pool, RandomDrop
 from vistoken.methods.diffrate import DiffRate
 from vistoken.methods.evit import EViT
+from vistoken.methods.hosted import HostedAttachment, HostedMethod, hosted_methods
 from vistoken.methods.mctf import MCTF
 from vistoken.methods.neighborhood import NeighborhoodAttention
 from vistoken.methods.sparse import SparseAttention
@@ -27,6 +28,8 @@ __all__ = [
     "DiffRate",
     "EViT",
     "Features",
+    "HostedAttachment",
+    "HostedMethod",
     "Method",
     "Need",
     "NeighborhoodAttention",
@@ -36,6 +39,7 @@ __all__ = [
     "ToFu",
     "ToMe",
     "ZeroTPrune",
+    "hosted_methods",
     "parse",
 ]
 
@@ -51,11 +55,15 @@ ATTENTIONS: dict[str, type[SparseAttention]] = {cls.name: cls for cls in (Neighb
 def parse(text: str) -> Method:
     """A method from its command-line form, `tome:r=13` or `evit:keep_rate=0.7,at=[3,6,9]`.
 
+    Methods for vision-language models, `hired:budget=0.2`, are read as well.
+
     Raises:
         ConfigError: unknown method or setting (the allowed ones are listed), or a bad value.
     """
     name, _, rest = text.strip().partition(":")
-    known: dict[str, type[Method]] = {**METHODS, **ATTENTIONS}
+    known: dict[str, Any] = {**METHODS, **ATTENTIONS}
+    if name not in known:
+        known |= hosted_methods()
     if name not in known:
         raise ConfigError(f"unknown method {name!r}; there are {', '.join(known)}")
     cls = known[name]
@@ -68,7 +76,8 @@ def parse(text: str) -> Method:
             allowed = ", ".join(sorted(fields))
             raise ConfigError(f"{text!r}: {part!r} is no setting of {name}; allowed: {allowed}")
         settings[key] = parse_value(value.strip())
-    return cls(**settings)
+    method: Method = cls(**settings)
+    return method
 
 
 def _split(text: str) -> list[str]:

@@ -1,1 +1,17 @@
-"""Vision-language models: fewer image tokens, and generation without host work."""
+"""Fewer image tokens in vision-language models: `vistoken.wrap(llava, vistoken.HiRED(budget=0.2))`.
+
+Methods cut image tokens before the language model; `generate` and its ids stay as they are.
+"""
+
+from __future__ import annotations
+
+from vistoken.vlm.base import ImageMethod, LanguageMethod
+from vistoken.vlm.baselines import PoolTokens, RandomTokens
+from vistoken.vlm.hired import HiRED
+
+__all__ = ["METHODS", "HiRED", "ImageMethod", "LanguageMethod", "PoolTokens", "RandomTokens"]
+
+METHODS: dict[str, type[LanguageMethod]] = {
+    cls.name: cls for cls in (HiRED, RandomTokens, PoolTokens)
+}
+"""Every method for vision-language models, by its command-line name."""

@@ -1,0 +1,416 @@
+"""Shortened prompts against a reference: the plain language model on a hand-made short prompt."""
+
+import copy
+
+import pytest
+import torch
+from transformers import StaticCache
+from transformers.generation.streamers import BaseStreamer
+
+import vistoken
+from tests.support import vlm_models as m
+from vistoken.errors import ConfigError, UnsupportedMethodError
+from vistoken.vlm.prompt import prepare
+
+NEW = 6
+SIZES = [(56, 56), (40, 56), (28, 56)]
+METHODS = ["hired:budget=0.4", "random_tokens:budget=0.3", "pool_tokens:budget=0.4"]
+
+
+def run(model, inputs, **options):
+    options = {"max_new_tokens": NEW, "do_sample": False, **options}
+    return model.generate(**inputs, **options)
+
+
+def prompt(model, images, seed=0):
+    """One row: words, then every image followed by words; image token counts from the model."""
+    ids = m.words(3, seed)
+    for index, size in enumerate(images):
+        count = 16 if size is None else m.packed_length(model, size)
+        ids += [m.IMAGE] * count + m.words(3 + index, seed + 7 + index)
+    return ids
+
+
+def inputs_of(model, rows, pad="left", seed=0):
+    """A batch; rows are lists of image sizes, None for models that know one size."""
+    made = m.batch([prompt(model, row, seed + i) for i, row in enumerate(rows)], pad)
+    sizes = [size for row in rows for size in row]
+    if not sizes:
+        return made
+    if sizes[0] is None:
+        return {**made, "pixel_values": m.pictures(len(sizes), seed)}
+    return {**made, **m.anyres(model, sizes, seed)}
+
+
+def one_by_one(model, rows, **options):
+    """New tokens of every row, generated alone and without padding."""
+    batch = inputs_of(model, rows)
+    first, found = 0, []
+    for index, row in enumerate(rows):
+        real = batch["attention_mask"][index].bool()
+        alone = {"input_ids": batch["input_ids"][index][real][None]}
+        alone["attention_mask"] = torch.ones_like(alone["input_ids"])
+        if row:
+            for name in ("pixel_values", "image_sizes"):
+                if name in batch:
+                    alone[name] = batch[name][first : first + len(row)]
+            first += len(row)
+        found.append(run(model, alone, **options)[0, alone["input_ids"].shape[1] :])
+    return torch.stack(found)
+
+
+def reference(model, inputs, kept, positions="compact", steps=NEW):
+    """Greedy tokens by the plain language model on a short prompt built by hand, without cache.
+
+    Args:
+        kept: per row, per image, (places, features) that stay.
+    """
+    found = []
+    for row, images in enumerate(kept):
+        real = inputs["attention_mask"][row].bool()
+        ids = inputs["input_ids"][row][real].tolist()
+        table = model.get_input_embeddings().weight
+        embeds, places, image, at, before = [], [], -1, 0, None
+        for position, token in enumerate(ids):
+            if token != m.IMAGE:
+                embeds.append(table[token])
+                places.append(position)
+            else:
+                if before != m.IMAGE:
+                    image, at = image + 1, 0
+                where, values = images[image]
+                hit = (where == at).nonzero()
+                if len(hit):
+                    embeds.append(values[int(hit)])
+                    places.append(position)
+                at += 1
+            before = token
+        new = []
+        for _ in range(steps):
+            x = torch.stack(embeds)[None]
+            spots = torch.arange(len(embeds)) if positions == "compact" else torch.tensor(places)
+            out = model.model.language_model(
+                inputs_embeds=x, position_ids=spots[None], attention_mask=torch.ones(x.shape[:2]),
+                use_cache=False,
+            )  # fmt: skip
+            token = int(model.lm_head(out.last_hidden_state[0, -1]).argmax())
+            new.append(token)
+            embeds.append(table[token])
+            places.append(places[-1] + 1)
+        found.append(new)
+    return torch.tensor(found)
+
+
+def selection(model, inputs):
+    """What a wrapped model keeps of every image, read off its encoder."""
+    names = ("pixel_values", "image_sizes")
+    output = model.model.get_image_features(**{n: inputs[n] for n in names if n in inputs})
+    return [(f._vistoken_reduced.index, f._vistoken_reduced.features) for f in output.pooler_output]
+
+
+CASES = [(m.llava, None), (m.llava_next, (40, 56)), (m.llava_next, (56, 56))]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("build", "size"), CASES)
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@torch.no_grad()
+def test_equals_a_hand_made_short_prompt(build, size, method, positions):
+    model = build()
+    inputs = inputs_of(model, [[size]])
+    vistoken.wrap(model, f"{method},positions={positions}")
+    kept = selection(model, inputs)
+    out = run(model, inputs)
+    length = inputs["input_ids"].shape[1]
+    assert torch.equal(out[:, :length], inputs["input_ids"])
+    cached = run(model, inputs, return_dict_in_generate=True).past_key_values
+    dropped = inputs["input_ids"].eq(m.IMAGE).sum() - len(kept[0][0])
+    assert dropped > 0
+    assert cached.layers[0].keys.shape[-2] == length - dropped + NEW - 1
+    vistoken.unwrap(model)
+    assert torch.equal(out[:, length:], reference(model, inputs, [kept], positions))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("build", [m.llava, m.llava_next])
+@torch.no_grad()
+def test_whole_budget_changes_nothing_to_the_bit(build, attention):
+    model = build(attention=attention)
+    size = None if build is m.llava else (40, 56)
+    inputs = inputs_of(model, [[size], [size, size]])
+    plain, logits = run(model, inputs), model(**inputs).logits
+    vistoken.wrap(model, vistoken.HiRED(budget=1.0))
+    assert torch.equal(run(model, inputs), plain)
+    assert torch.equal(model(**inputs).logits, logits)
+    assert "get_image_features" not in model.model.__dict__
+
+
+@torch.no_grad()
+def test_unwrap_restores_exactly():
+    model = m.llava_next()
+    inputs = inputs_of(model, [[(40, 56)]])
+    plain, logits = run(model, inputs), model(**inputs).logits
+    names = [name for module in model.modules() for name in module.__dict__]
+    hooks = sum(len(x._forward_hooks) + len(x._forward_pre_hooks) for x in model.modules())
+    vistoken.wrap(model, "hired:budget=0.2")
+    assert not torch.equal(run(model, inputs), plain)
+    vistoken.unwrap(model)
+    assert torch.equal(run(model, inputs), plain)
+    assert torch.equal(model(**inputs).logits, logits)
+    assert hooks == sum(len(x._forward_hooks) + len(x._forward_pre_hooks) for x in model.modules())
+    assert names == [name for module in model.modules() for name in module.__dict__]
+
+
+ROWS = [[(56, 56)], [], [(40, 56), (28, 56)]]
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("pad", ["left", "right"])
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_batch_equals_one_by_one(method, pad, positions):
+    model = vistoken.wrap(m.llava_next(), f"{method},positions={positions}")
+    inputs = inputs_of(model, ROWS, pad)
+    new = run(model, inputs)[:, inputs["input_ids"].shape[1] :]
+    assert torch.equal(new, one_by_one(model, ROWS))
+
+
+@torch.no_grad()
+def test_beams_and_return_sequences_equal_one_by_one():
+    model = vistoken.wrap(m.llava_next(), "hired:budget=0.3")
+    rows = [[(56, 56)], [(40, 56)]]  # one image each: what every release expands alike
+    inputs = inputs_of(model, rows)
+    length = inputs["input_ids"].shape[1]
+    both = run(model, inputs, num_beams=3)[:, length:]
+    assert torch.equal(both, one_by_one(model, rows, num_beams=3))
+    many = run(model, inputs, num_beams=3, num_return_sequences=2)
+    assert many.shape[0] == 4
+    assert torch.equal(many[::2, length:], both)
+    torch.manual_seed(0)
+    drawn = run(model, inputs, do_sample=True, num_return_sequences=3)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, run(model, inputs, do_sample=True, num_return_sequences=3))
+
+
+@torch.no_grad()
+def test_sampling_equals_the_reference_distribution():
+    model = vistoken.wrap(m.llava(), "hired:budget=0.4")
+    inputs = inputs_of(model, [[None]])
+    out = run(model, inputs, do_sample=True, output_logits=True, return_dict_in_generate=True)
+    prepared = prepare(model, inputs)
+    tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
+    embeds = torch.cat([prepared.inputs_embeds, model.get_input_embeddings()(tokens)], 1)
+    hidden = model.model.language_model(inputs_embeds=embeds).last_hidden_state
+    logits = model.lm_head(hidden)[:, prepared.inputs_embeds.shape[1] - 1 : -1]
+    torch.testing.assert_close(torch.stack(out.logits, 1), logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@torch.no_grad()
+def test_without_cache_equals_with_cache(positions):
+    model = vistoken.wrap(m.llava_next(), f"hired:budget=0.3,positions={positions}")
+    for rows in ([[(56, 56)]], ROWS):
+        inputs = inputs_of(model, rows)
+        assert torch.equal(run(model, inputs), run(model, inputs, use_cache=False))
+
+
+@torch.no_grad()
+def test_gapped_positions_without_cache_and_mask():
+    model = vistoken.wrap(m.llava(), "hired:budget=0.4,positions=original")
+    inputs = inputs_of(model, [[None]])
+    with_mask = model(**inputs, use_cache=False).logits
+    del inputs["attention_mask"]
+    torch.testing.assert_close(model(**inputs, use_cache=False).logits, with_mask)
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@torch.no_grad()
+def test_second_turn_with_a_new_image(positions):
+    model = vistoken.wrap(m.llava_next(), f"hired:budget=0.3,positions={positions}")
+    first = inputs_of(model, [[(56, 56)]])
+    out = run(model, first, return_dict_in_generate=True)
+    cache = out.past_key_values
+    assert cache.get_seq_length() == out.sequences.shape[1] - 1
+    tail = prompt(model, [(40, 56)], seed=5)
+    ids = torch.cat([out.sequences, torch.tensor([tail])], 1)
+    mask = torch.ones_like(ids)
+    second = m.anyres(model, [(40, 56)], 3)
+    turn = {"input_ids": ids, "attention_mask": mask}
+    going_on = run(model, {**turn, **second}, past_key_values=copy.deepcopy(cache))
+    both = {**turn}
+    parts = first["pixel_values"].shape[1]
+    pad = torch.zeros(1, parts - second["pixel_values"].shape[1], 3, 28, 28)
+    later = torch.cat([second["pixel_values"], pad], 1)
+    both["pixel_values"] = torch.cat([first["pixel_values"], later])
+    both["image_sizes"] = torch.cat([first["image_sizes"], second["image_sizes"]])
+    assert torch.equal(going_on, run(model, both))
+    # Text alone in turn 2, and a third turn after it.
+    ids = torch.cat([out.sequences, torch.tensor([m.words(4, 9)])], 1)
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    going_on = run(model, text, past_key_values=cache)
+    whole = {"pixel_values": first["pixel_values"], "image_sizes": first["image_sizes"]}
+    assert torch.equal(going_on, run(model, {**text, **whole}))
+
+
+@torch.no_grad()
+def test_second_turn_of_a_padded_batch():
+    model = vistoken.wrap(m.llava_next(), "hired:budget=0.3")
+    first = inputs_of(model, [[(56, 56)], [(28, 56)]])
+    out = run(model, first, return_dict_in_generate=True)
+    more = torch.tensor([m.words(4, 9), m.words(4, 10)])
+    ids = torch.cat([out.sequences, more], 1)
+    mask = torch.cat([first["attention_mask"], torch.ones(2, NEW + 4, dtype=torch.long)], 1)
+    turn = {"input_ids": ids, "attention_mask": mask}
+    going_on = run(model, turn, past_key_values=out.past_key_values)
+    images = {n: first[n] for n in ("pixel_values", "image_sizes")}
+    assert torch.equal(going_on, run(model, {**turn, **images}))
+
+
+@torch.no_grad()
+def test_prompt_lookup_static_cache_and_streaming():
+    model = vistoken.wrap(m.llava_next(), "hired:budget=0.3")
+    inputs = inputs_of(model, [[(56, 56)]])
+    plain = run(model, inputs, max_new_tokens=12)
+    lookup = run(model, inputs, max_new_tokens=12, prompt_lookup_num_tokens=3)
+    assert torch.equal(lookup, plain)
+    static = run(
+        model, inputs, max_new_tokens=12, cache_implementation="static", disable_compile=True
+    )
+    assert torch.equal(static, plain)
+
+    class Words(BaseStreamer):
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            pass
+
+    words = Words()
+    run(model, inputs, max_new_tokens=12, streamer=words)
+    assert words.tokens == plain[0].tolist()
+
+
+@torch.no_grad()
+def test_static_cache_with_padding():
+    model = vistoken.wrap(m.llava_next(), "hired:budget=0.3")
+    inputs = inputs_of(model, ROWS)
+    plain = run(model, inputs)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=256)
+    static = run(model, inputs, past_key_values=cache, disable_compile=True)
+    assert torch.equal(static, plain)
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("pad", ["left", "right"])
+def test_labels_give_the_loss_of_the_short_prompt(pad, positions):
+    model = m.llava()
+    inputs = inputs_of(model, [[None], [None, None]], pad)
+    labels = inputs["input_ids"].clone()
+    labels[(labels == m.IMAGE) | (inputs["attention_mask"] == 0)] = -100
+    vistoken.wrap(model, f"hired:budget=0.4,positions={positions}")
+    pixels = inputs["pixel_values"].requires_grad_()
+    loss = model(**inputs, labels=labels).loss
+    loss.backward()
+    assert pixels.grad.abs().sum() > 0
+    kept = selection(model, inputs)
+    kept = [kept[:1], kept[1:]]
+    total, count = 0.0, 0
+    for row in range(2):
+        real = inputs["attention_mask"][row].bool()
+        ids, image, at, chain, targets, places = inputs["input_ids"][row][real], -1, 0, [], [], []
+        for position, token in enumerate(ids.tolist()):
+            if token == m.IMAGE:
+                image, at = (image + 1, 0) if ids[position - 1] != m.IMAGE else (image, at)
+                hit = (kept[row][image][0] == at).nonzero()
+                at += 1
+                if len(hit):
+                    chain.append(kept[row][image][1][int(hit)])
+                    targets.append(-100)
+                    places.append(position)
+            else:
+                chain.append(model.get_input_embeddings().weight[token])
+                targets.append(token)
+                places.append(position)
+        spots = torch.arange(len(chain)) if positions == "compact" else torch.tensor(places)
+        hidden = model.model.language_model(
+            inputs_embeds=torch.stack(chain)[None], position_ids=spots[None],
+            attention_mask=torch.ones(1, len(chain)),
+        ).last_hidden_state  # fmt: skip
+        logits = model.lm_head(hidden)[0, :-1]
+        target = torch.tensor(targets)[1:]
+        total += torch.nn.functional.cross_entropy(logits, target, reduction="sum")
+        count += int((target != -100).sum())
+    torch.testing.assert_close(loss, total / count)
+
+
+@torch.no_grad()
+def test_prepare_is_what_the_language_model_gets():
+    for wrapped in (False, True):
+        model = m.llava_next()
+        if wrapped:
+            vistoken.wrap(model, "hired:budget=0.3")
+        inputs = inputs_of(model, ROWS)
+        p = prepare(model, inputs)
+        out = model.model.language_model(
+            inputs_embeds=p.inputs_embeds, attention_mask=p.attention_mask,
+            position_ids=p.position_ids,
+        )  # fmt: skip
+        logits = model.lm_head(out.last_hidden_state[:, -1])
+        expected = model(**inputs).logits[:, -1]
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+        assert p.inputs_embeds.shape[1] == max(p.lengths)
+        assert p.attention_mask.sum(1).tolist() == list(p.lengths)
+        for row, length in enumerate(p.lengths):
+            assert p.position_ids[row, -length:].tolist() == list(range(length))
+        assert p.prompt_length == inputs["input_ids"].shape[1]
+
+
+def test_two_models_do_not_touch_each_other_and_copies_work():
+    model, other = m.llava(), m.llava()
+    inputs = inputs_of(model, [[None]])
+    plain = run(other, inputs)
+    vistoken.wrap(model, "hired:budget=0.3")
+    short = run(model, inputs)
+    assert torch.equal(run(other, inputs), plain)
+    twin = copy.deepcopy(model)
+    vistoken.unwrap(model)
+    assert torch.equal(run(twin, inputs), short)
+    assert torch.equal(run(model, inputs), plain)
+
+
+def test_what_cannot_work_raises():
+    model = vistoken.wrap(m.llava_next(), "hired:budget=0.3")
+    inputs = inputs_of(model, [[(56, 56)]])
+    with pytest.raises(UnsupportedMethodError, match="prefill_chunk_size"):
+        run(model, inputs, prefill_chunk_size=16)
+    with pytest.raises(ConfigError, match="input_ids"):
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        rest = {n: inputs[n] for n in ("pixel_values", "image_sizes")}
+        model(inputs_embeds=embeds, **rest)
+    with pytest.raises(vistoken.AlreadyWrappedError, match="carries hired"):
+        vistoken.wrap(model, "random_tokens")
+    with pytest.raises(UnsupportedMethodError, match="class token"):
+        vistoken.wrap(m.onevision(), "hired:budget=0.3")
+    with pytest.raises(UnsupportedMethodError, match="layer 9"):
+        vistoken.wrap(m.llava(), "hired:budget=0.3,last=9")
+    with pytest.raises(vistoken.UnsupportedBackboneError, match="LLaVA-NeXT"):
+        vistoken.wrap(torch.nn.Linear(2, 2), "hired:budget=0.3")
+    with pytest.raises(ConfigError, match="budget=0"):
+        vistoken.HiRED(budget=0)
+    plain = m.llava()
+    with pytest.raises(UnsupportedMethodError):
+        vistoken.wrap(plain, "hired:budget=0.3,last=9")
+    assert "_vistoken" not in plain.__dict__
+    assert not plain.model.vision_tower.encoder.layers[0].self_attn.k_proj._forward_hooks
+
+
+def test_swapped_images_of_equal_total_are_caught():
+    model = vistoken.wrap(m.llava_next(), "hired:budget=0.3")
+    inputs = inputs_of(model, [[(56, 56), (28, 56)]])
+    inputs["image_sizes"] = inputs["image_sizes"].flip(0)
+    inputs["pixel_values"] = inputs["pixel_values"].flip(0)
+    with pytest.raises(ConfigError, match="in a row"):
+        run(model, inputs)
