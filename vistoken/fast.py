@@ -352,15 +352,17 @@ def bind(attachment: Attachment) -> None:
 
 def describe(attachment: Attachment) -> str:
     """Which implementation inference runs with the model as it is now, and why."""
-    bypass = "the model's own blocks with torch operators"
-    if isinstance(attachment.fused, str):
-        return f"{bypass}: {attachment.fused}"
-    first: Any = attachment.blocks[0]
-    weight = first.norm1.weight
-    reason = why_not_triton(weight.device, weight.dtype)
-    if reason is not None:
-        return f"{bypass}: {reason}"
-    return "fused Triton chain (the model's own blocks while training, compiling or under autocast)"
+    weight = next(attachment.host.parameters())
+    kernels = why_not_triton(weight.device, weight.dtype)
+    chain = attachment.fused if isinstance(attachment.fused, str) else None
+    if kernels is None and chain is None:
+        return (
+            "fused Triton chain (the model's own blocks while training, compiling or under "
+            "autocast)"
+        )
+    between = "torch operators" if kernels else "Triton kernels"
+    reasons = "; ".join(reason for reason in (kernels, chain) if reason)
+    return f"the model's own blocks with {between} between them: {reasons}"
 
 
 def unbind(attachment: Attachment) -> None:
