@@ -87,6 +87,7 @@ def bench_steps(name: str, batch: int, seconds: float, device: torch.device) -> 
     cases = {
         "dense forward+backward": None,
         "learn": {},
+        "learn, without graphs": {"graph": False},
         "learn, distilled": {"distill": 1.0},
         "learn, features": {"matching": 64},
         "learn, fine-tuned": {"finetune": True},
@@ -96,15 +97,17 @@ def bench_steps(name: str, batch: int, seconds: float, device: torch.device) -> 
         if options is None:
             model: Any = timm.create_model(name, num_classes=1000).to(device).train()
             optimizer: Any = None
+            run: Any = None
         else:
             model = learner(name, **options).to(device).train()
             model._to_device()
             optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+            run = model.graphed()
 
-        def step(model: Any = model, optimizer: Any = optimizer) -> None:
+        def step(model: Any = model, optimizer: Any = optimizer, run: Any = run) -> None:
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                if isinstance(model, RateLearning):
-                    loss = model.losses(images, labels, 5.0)["loss"]
+                if run is not None:
+                    loss = run(images, labels, model.weight)["loss"]
                 else:
                     loss = F.cross_entropy(model(images), labels)
             loss.backward()
@@ -125,7 +128,7 @@ def bench_steps(name: str, batch: int, seconds: float, device: torch.device) -> 
         print(f"{label:24} {ms:8.2f} ms  {row['times_dense']:.2f}x  {peak} MiB "
               f"{row['times_memory']:.2f}x  {row['gpu_hours_3_epochs']:.2f} GPU-hours",
               flush=True)  # fmt: skip
-        del model, optimizer, step
+        del model, optimizer, step, run
         if half:
             torch.cuda.empty_cache()
     return rows
@@ -299,6 +302,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="*", default=["steps", "learn"])
     parser.add_argument("--model", default="deit_small_patch16_224")
+    parser.add_argument("--step_cases", nargs="*", default=None, help="some of the timed cases")
     parser.add_argument("--step_batch", type=int, default=128)
     parser.add_argument("--step_seconds", type=float, default=3.0, help="per timed case")
     parser.add_argument("--seconds", type=float, default=12.0, help="per learning run")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from vistoken.methods import DiffRate
 from vistoken.schedule import Schedule
 from vistoken.train.backbone import layer_groups, make_backbone
 from vistoken.train.costs import Cost, FlopsCost, LatencyCost, check_reachable, resolve_target
+from vistoken.train.graphed import GraphedLosses
 from vistoken.train.masked import simulate, twin
 from vistoken.train.matching import Matching
 from vistoken.train.order import seed_epoch
@@ -69,6 +70,8 @@ class RateLearning(LightningModule):  # type: ignore[misc]
         layer_decay: see there.
         weight_decay: of the backbone.
         drop_path: greatest stochastic-depth rate, with `finetune`.
+        graph: on a GPU, replay loss and gradient as CUDA graphs; without effect where the backbone
+            is trained, gradients accumulate, or batches differ in shape.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class RateLearning(LightningModule):  # type: ignore[misc]
         layer_decay: float = 0.75,
         weight_decay: float = 0.05,
         drop_path: float = 0.0,
+        graph: bool = True,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -120,6 +124,8 @@ class RateLearning(LightningModule):  # type: ignore[misc]
             "teacher": twin(self.backbone, shared=not finetune),
         }
         simulate(self.backbone, self.rates, self.matching)
+        self.register_buffer("weight", torch.tensor(float(cost_weight)), persistent=False)
+        self._graphed: GraphedLosses | None = None
         self.cost: Cost | None = None
         self.target = 0.0
         classes = getattr(self.backbone, "num_classes", num_classes)
@@ -232,13 +238,13 @@ class RateLearning(LightningModule):  # type: ignore[misc]
 
     # Steps ----------------------------------------------------------------------------------------
 
-    def losses(self, images: Tensor, labels: Tensor, weight: float) -> dict[str, Tensor]:
+    def losses(self, images: Tensor, labels: Tensor, weight: Tensor) -> dict[str, Tensor]:
         """The `loss` of one batch and its parts.
 
         Args:
             images: normalised, `[B, 3, H, W]`.
             labels: classes `[B]`, or mixed shares `[B, classes]`.
-            weight: of the cost.
+            weight: of the cost, a scalar on the device.
         """
         given, cost = self.hparams, self.cost
         assert cost is not None
@@ -258,11 +264,22 @@ class RateLearning(LightningModule):  # type: ignore[misc]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch."""
-        free = self.current_epoch < self.hparams["free_epochs"]
-        parts = self.losses(*batch, weight=0.0 if free else self.hparams["cost_weight"])
+        parts = self.graphed()(*batch, self.weight)
         for name, value in parts.items():
             self.log(f"train/{name}", value.detach())
         return parts["loss"]
+
+    def graphed(self) -> Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]:
+        """`losses`, as CUDA graphs where that is possible."""
+        given = self.hparams
+        trainer = self._trainer
+        accumulates = trainer is not None and trainer.accumulate_grad_batches != 1
+        if not given["graph"] or given["finetune"] or accumulates:
+            return self.losses
+        if self._graphed is None:
+            trained = [p for p in self.parameters() if p.requires_grad]
+            self._graphed = GraphedLosses(self.losses, trained)
+        return self._graphed
 
     def _divergence(self, images: Tensor, logits: Tensor) -> Tensor:
         """Divergence of the reduced model's outputs from the dense model's."""
@@ -278,6 +295,8 @@ class RateLearning(LightningModule):  # type: ignore[misc]
     def on_train_epoch_start(self) -> None:
         """Make the epoch's randomness depend on seed and epoch alone, so that runs resume."""
         seed_epoch(self.current_epoch, self.global_rank)
+        free = self.current_epoch < self.hparams["free_epochs"]
+        self.weight.fill_(0.0 if free else self.hparams["cost_weight"])
 
     def on_fit_start(self) -> None:
         """Bring the copies that are no submodules to the device."""

@@ -202,11 +202,10 @@ class Simulation(Attachment):
         receives[:, : state.prefix] = False
         cosine, partners, share = self._match(block, x, receives)
         merged = merge_in_place(x, weight, share, partners)
-        with torch.no_grad():
-            size = state.sizes(x).to(cosine.dtype)
-            joins = size * weight * cosine[..., 0].clamp_min(0)
-            own = torch.arange(rank.shape[1], device=x.device).expand_as(rank)
-            size = add_into(size, torch.where(weight > 0, partners[..., 0], own), joins)
+        # Sizes have a gradient too: what is pruned instead of merged takes its weight along.
+        size = state.sizes(x).to(weight.dtype)
+        joins = size * weight * cosine[..., 0].clamp_min(0)
+        size = add_into(size, partners[..., 0], joins)
         return state.then(alive, order, size.to(widened(x))), merged
 
     def _match(self, block: int, x: Tensor, receives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,7 +243,7 @@ class Simulation(Attachment):
             return y
         first = 0 if self.readout == "weigh_all" else state.prefix
         size = (state.sizes(y) * state.alive)[:, first:].to(widened(y))
-        share = size * (size.shape[1] / size.detach().sum(1, keepdim=True))
+        share = size * (size.shape[1] / size.sum(1, keepdim=True))
         share = torch.cat([share.new_ones(share.shape[0], first), share], 1)
         return (y * share[..., None]).to(y.dtype)
 

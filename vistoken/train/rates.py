@@ -104,7 +104,9 @@ class Rates(nn.Module):
 
     def survival(self) -> Tensor:
         """Chance `[blocks, 2, N0]` of the token of each rank to survive; 1 for prefix tokens."""
-        patches = self.logits.softmax(-1).cumsum(-1)[..., self.reach]
+        # Not by indexing, whose gradient sorts.
+        reach = self.reach.expand(*self.logits.shape[:2], -1)
+        patches = self.logits.softmax(-1).cumsum(-1).gather(-1, reach)
         prefix = patches.new_ones(*patches.shape[:2], self.shape.prefix)
         return torch.cat([prefix, patches], -1)
 
