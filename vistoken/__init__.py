@@ -43,7 +43,7 @@ from vistoken.methods import (
 from vistoken.schedule import Schedule
 from vistoken.state import Assignment, SourceMap
 from vistoken.tracing import Trace
-from vistoken.vlm import HiRED, PoolTokens, RandomTokens
+from vistoken.vlm import GlobalCom2, HiRED, HoloV, MaxMin, PoolTokens, RandomTokens, VisionZip
 
 __all__ = [
     "MCTF",
@@ -53,10 +53,13 @@ __all__ = [
     "ConfigError",
     "DiffRate",
     "EViT",
+    "GlobalCom2",
     "Graphed",
     "HiRED",
+    "HoloV",
     "Info",
     "LatencyTable",
+    "MaxMin",
     "Method",
     "NeighborhoodAttention",
     "NotWrappedError",
@@ -74,6 +77,7 @@ __all__ = [
     "Trace",
     "UnsupportedBackboneError",
     "UnsupportedMethodError",
+    "VisionZip",
     "VistokenError",
     "ZeroTPrune",
     "__version__",

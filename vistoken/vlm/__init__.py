@@ -7,11 +7,24 @@ from __future__ import annotations
 
 from vistoken.vlm.base import ImageMethod, LanguageMethod
 from vistoken.vlm.baselines import PoolTokens, RandomTokens
+from vistoken.vlm.diverse import HoloV, MaxMin, VisionZip
+from vistoken.vlm.global_com2 import GlobalCom2
 from vistoken.vlm.hired import HiRED
 
-__all__ = ["METHODS", "HiRED", "ImageMethod", "LanguageMethod", "PoolTokens", "RandomTokens"]
+__all__ = [
+    "METHODS",
+    "GlobalCom2",
+    "HiRED",
+    "HoloV",
+    "ImageMethod",
+    "LanguageMethod",
+    "MaxMin",
+    "PoolTokens",
+    "RandomTokens",
+    "VisionZip",
+]
 
 METHODS: dict[str, type[LanguageMethod]] = {
-    cls.name: cls for cls in (HiRED, RandomTokens, PoolTokens)
+    cls.name: cls for cls in (HiRED, GlobalCom2, VisionZip, HoloV, MaxMin, RandomTokens, PoolTokens)
 }
 """Every method for vision-language models, by its command-line name."""

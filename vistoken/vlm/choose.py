@@ -87,3 +87,13 @@ def index_of(mask: Tensor, count: int | None) -> Tensor:
     if count is None:
         return mask.nonzero().flatten()
     return (~mask).to(torch.uint8).argsort(stable=True)[:count]
+
+
+def split(total: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """`total` split on the host in proportion to sizes, by largest remainder, ties to the first."""
+    whole = sum(sizes)
+    parts = [total * size // whole for size in sizes]
+    by_fraction = sorted(range(len(sizes)), key=lambda i: -(total * sizes[i] % whole))
+    for index in by_fraction[: total - sum(parts)]:
+        parts[index] += 1
+    return tuple(parts)
