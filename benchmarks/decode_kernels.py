@@ -5,14 +5,14 @@ Every number is one replay of a CUDA graph over many distinct weights, so nothin
 
 import argparse
 import time
+from dataclasses import replace
 
 import torch
 
-from vistoken.kernels import triton_decode_linear as linear
 from vistoken.kernels.decode_attention import decode_attention
-from vistoken.kernels.decode_linear import decode_linear_reference
+from vistoken.kernels.decode_linear import Tile, decode_linear
+from vistoken.vlm.decode_plan import least_time
 
-Tile = linear.Tile
 SHAPES = {
     # name: columns, rows of each weight, norm, residual, gated
     "qkv": (4096, (4096, 4096, 4096), True, False, False),
@@ -33,29 +33,6 @@ MATRICES = [
 ]  # fmt: skip
 
 
-def replayed(calls, repeats=5):
-    """Milliseconds of all calls in one graph, the best of some replays."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls[0]()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    best = float("inf")
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        best = min(best, begin.elapsed_time(end))
-    return best
-
-
 def products(name, batch, tiles, early):
     """One line per tile of one product."""
     width, counts, norm, residual, gated = SHAPES[name]
@@ -68,25 +45,22 @@ def products(name, batch, tiles, early):
     rest = torch.randn(batch, sum(counts), **new) if residual else None
     args = (None, rms, rest, gated)
 
-    def line(label, make):
+    wanted = decode_linear(x, weights[0], *args).float()
+    for tile in (None, *(replace(tile, early=start) for tile in tiles for start in early)):
+        label = "torch" if tile is None else str(tile).removeprefix("Tile")
         try:
-            ms = replayed([make(group) for group in weights]) / copies
-            speed = f"{1000 * ms:7.2f} us {size / ms / 1e9:5.2f} TB/s"
-            print(f"{name:8} b{batch:<3} {label:34} {speed}", flush=True)
-        except Exception as error:
-            print(f"{name:8} b{batch:<3} {label:34} {type(error).__name__} {str(error)[:80]}")
+            got = decode_linear(x, weights[0], *args, tile).float()
+            error = float((got - wanted).norm() / wanted.norm())
+            us = 1000 * all_of([lambda g=g: decode_linear(x, g, *args, tile) for g in weights])
+            speed = f"{us:7.2f} us {size / us / 1e6:5.2f} TB/s error {error:.0e}"
+        except Exception as problem:
+            speed = f"{type(problem).__name__} {str(problem)[:80]}"
+        print(f"{name:8} b{batch:<3} {label:64} {speed}", flush=True)
 
-    wanted = decode_linear_reference(x, weights[0], *args).float()
-    line("torch", lambda group: lambda: decode_linear_reference(x, group, *args))
-    for tile in tiles:
-        got = linear.decode_linear_triton(x, weights[0], *args, tile=tile).float()
-        error = float((got - wanted).norm() / wanted.norm())
-        for start in early:
-            linear.starts_early = lambda device, start=start: start
-            label = f"{tile.rows}x{tile.columns} w{tile.warps} s{tile.stages} early={start:d}"
-            line(f"{label} e={error:.0e}",
-                 lambda group, tile=tile: lambda: linear.decode_linear_triton(
-                     x, group, *args, tile=tile))  # fmt: skip
+
+def all_of(calls):
+    """Milliseconds per call of many calls in one graph."""
+    return least_time(lambda: [call() for call in calls]) / len(calls)
 
 
 def attention(batch, heads, groups, length):
@@ -103,9 +77,9 @@ def attention(batch, heads, groups, length):
         lambda c=c: decode_attention(qkv, cos, sin, c[0], c[1], lengths, arrivals, dim**-0.5)
         for c in caches
     ]
-    ms = replayed(calls) / copies
+    ms = all_of(calls)
     label = f"{heads}/{groups} heads {length} keys"
-    print(f"attend   b{batch:<3} {label:34} {1000 * ms:7.2f} us {size / ms / 1e9:5.2f} TB/s",
+    print(f"attend   b{batch:<3} {label:64} {1000 * ms:7.2f} us {size / ms / 1e9:5.2f} TB/s",
           flush=True)  # fmt: skip
 
 

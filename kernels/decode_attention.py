@@ -21,6 +21,7 @@ def decode_attention(
     lengths: Tensor,
     arrivals: Tensor,
     scale: float,
+    early: bool = False,
 ) -> Tensor:
     """Rotate q and k, append k and v to the cache in place, attend to all keys of the row.
 
@@ -33,15 +34,15 @@ def decode_attention(
         lengths: `[B]` int64, tokens in the cache before this one; less than M.
         arrivals: `[B G]` int32 zeros, counters of the kernel; zero again afterwards.
         scale: factor of the scores.
+        early: launch before the kernel before has ended; for kernels that all do.
 
     Returns:
         `[B, H D]` in qkv's dtype.
     """
-    if use_triton(qkv):
-        from vistoken.kernels.triton_decode_attention import decode_attention_triton, fits
+    if use_triton(qkv) and keys.is_contiguous() and keys.shape[-1] % 16 == 0:
+        from vistoken.kernels.triton_decode_attention import decode_attention_triton
 
-        if fits(keys):
-            return decode_attention_triton(qkv, cos, sin, keys, values, lengths, arrivals, scale)
+        return decode_attention_triton(qkv, cos, sin, keys, values, lengths, arrivals, scale, early)
     return decode_attention_reference(qkv, cos, sin, keys, values, lengths, arrivals, scale)
 
 

@@ -7,18 +7,57 @@ everything around the product rides along.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from vistoken.kernels.dispatch import use_triton
 
 MAX_ROWS = 16
 """Rows up to which the kernel runs; larger products are bound by arithmetic and go to torch."""
 
 RMS = tuple[Tensor, float]
 """Weight `[K]` and epsilon of an RMS norm."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the kernel cuts a product.
+
+    Attributes:
+        rows: results per program.
+        columns: columns of the weights per step.
+        warps: warps per program.
+        stages: steps in flight, with two rows of x or more.
+        early: launch before the kernel before has ended; for kernels that all do.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int = 2
+    early: bool = False
+
+
+VECTOR = (Tile(4, 1024, 4), Tile(8, 512, 4), Tile(2, 2048, 4), Tile(4, 2048, 8))
+VECTOR_GATED = (Tile(2, 1024, 4), Tile(4, 512, 4), Tile(4, 1024, 4))
+MATRIX = (Tile(32, 128, 2, 6), Tile(16, 256, 2, 4), Tile(64, 128, 4, 4), Tile(32, 256, 4, 4))
+MATRIX_GATED = (Tile(32, 128, 2, 4), Tile(64, 64, 4, 6), Tile(16, 256, 2, 3))
+
+
+def tiles(rows: int, gated: bool) -> tuple[Tile, ...]:
+    """Tiles worth trying for this many rows of x, the likeliest first."""
+    if rows > MAX_ROWS:
+        return ()
+    if rows == 1:
+        return VECTOR_GATED if gated else VECTOR
+    return MATRIX_GATED if gated else MATRIX
+
+
+def fits(tile: Tile, weights: Sequence[Tensor], gated: bool) -> bool:
+    """Whether no tile straddles two weights, and their rows can be read as they lie."""
+    whole = all(weight.is_contiguous() for weight in weights)
+    return whole and (gated or all(w.shape[0] % tile.rows == 0 for w in weights[:-1]))
 
 
 def decode_linear(
@@ -28,6 +67,7 @@ def decode_linear(
     norm: RMS | None = None,
     residual: Tensor | None = None,
     gated: bool = False,
+    tile: Tile | None = None,
 ) -> Tensor:
     """`residual + [W0 h, W1 h, ...]` or `silu(W0 h) * (W1 h)`, where h is x or its RMS norm.
 
@@ -38,15 +78,15 @@ def decode_linear(
         norm: the RMS norm of x that comes first, or None.
         residual: `[B, N]`, added to the result of a single weight, or None.
         gated: two weights of one shape are gate and value of a SiLU-gated layer.
+        tile: how the Triton kernel cuts it, for at most `MAX_ROWS` rows; None is torch.
 
     Returns:
         `[B, sum N_i]`, or `[B, N]` if gated, in x's dtype.
     """
-    if use_triton(x) and x.shape[0] <= MAX_ROWS:
-        from vistoken.kernels.triton_decode_linear import decode_linear_triton, fits
+    if tile is not None and fits(tile, weights, gated):
+        from vistoken.kernels.triton_decode_linear import decode_linear_triton
 
-        if fits(x, weights, gated):
-            return decode_linear_triton(x, weights, biases, norm, residual, gated)
+        return decode_linear_triton(x, weights, biases, norm, residual, gated, tile)
     return decode_linear_reference(x, weights, biases, norm, residual, gated)
 
 

@@ -12,8 +12,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vistoken.kernels.triton_decode_linear import starts_early
-
 BLOCK = 64
 """Keys per step."""
 
@@ -119,11 +117,6 @@ def _decode_attention(
         tl.store(count_ptr + pair, 0)
 
 
-def fits(keys: Tensor) -> bool:
-    """Whether the kernel takes this cache."""
-    return keys.is_contiguous() and keys.shape[-1] % 16 == 0
-
-
 def splits_of(pairs: int, capacity: int) -> int:
     """Shares per key head, a power of two: enough programs, and none without a block of keys."""
     wanted = min(MAX_SPLITS, PROGRAMS // pairs, capacity // BLOCK)
@@ -139,6 +132,7 @@ def decode_attention_triton(
     lengths: Tensor,
     arrivals: Tensor,
     scale: float,
+    early: bool = False,
 ) -> Tensor:
     """`decode_attention` in one launch; see there."""
     batch, groups, capacity, dim = keys.shape
@@ -148,12 +142,11 @@ def decode_attention_triton(
     part = torch.empty(pairs, splits, share, dim, device=qkv.device)
     peak, total = torch.empty(2, pairs, splits, share, device=qkv.device)
     out = qkv.new_empty(batch, heads * dim)
-    pdl = starts_early(qkv.device)
     _decode_attention[(pairs, splits)](
         qkv, cos, sin, keys, values, lengths, part, peak, total, arrivals, out,
         capacity, scale * 1.4426950408889634, GROUPS=groups, SHARE=share, D=dim,
         BLOCK_D=triton.next_power_of_2(dim), SPLITS=splits, BLOCK=BLOCK,
-        ROWS=max(16, triton.next_power_of_2(share)), PDL=pdl, num_warps=4, num_stages=2,
-        **({"launch_pdl": True} if pdl else {}),
+        ROWS=max(16, triton.next_power_of_2(share)), PDL=early, num_warps=4, num_stages=2,
+        **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out

@@ -9,30 +9,13 @@ change, so only x has to be waited for.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vistoken.kernels.decode_linear import RMS
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How a product is cut: rows of W and columns per step, warps and pipeline stages."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int = 2
-
-
-VECTOR, VECTOR_GATED = Tile(8, 1024, 4), Tile(4, 1024, 4)
-MATRIX, MATRIX_GATED = Tile(32, 128, 2, 6), Tile(32, 128, 2, 4)
+from vistoken.kernels.decode_linear import RMS, Tile
 
 
 @triton.jit
@@ -180,21 +163,6 @@ def _matrix(
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=both)
 
 
-def tile_of(rows: int, width: int, gated: bool) -> Tile:
-    """The tile for this many rows of x."""
-    plain, paired = (VECTOR, VECTOR_GATED) if rows == 1 else (MATRIX, MATRIX_GATED)
-    tile = paired if gated else plain
-    columns = max(16, min(tile.columns, triton.next_power_of_2(width)))
-    return Tile(tile.rows, columns, tile.warps, tile.stages)
-
-
-def fits(x: Tensor, weights: Sequence[Tensor], gated: bool) -> bool:
-    """Whether tiles do not straddle two weights, and rows can be read as they lie."""
-    whole = all(weight.is_contiguous() for weight in weights) and x.is_contiguous()
-    rows = tile_of(x.shape[0], x.shape[1], gated).rows
-    return whole and (gated or all(weight.shape[0] % rows == 0 for weight in weights[:-1]))
-
-
 def decode_linear_triton(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -202,11 +170,11 @@ def decode_linear_triton(
     norm: RMS | None,
     residual: Tensor | None,
     gated: bool,
-    tile: Tile | None = None,
+    tile: Tile,
 ) -> Tensor:
-    """`decode_linear` in one launch; see there. `tile` overrides the choice, for measuring."""
+    """`decode_linear` in one launch; see there."""
     batch, width = x.shape
-    tile = tile or tile_of(batch, width, gated)
+    columns = max(16, min(tile.columns, triton.next_power_of_2(width)))
     counts = [weight.shape[0] for weight in weights]
     total = counts[0] if gated else sum(counts)
     out = x.new_empty(batch, total)
@@ -214,12 +182,11 @@ def decode_linear_triton(
     b = [*biases, *[biases[0]] * (3 - len(biases))] if biases is not None else [x] * 3
     gain, eps = norm if norm is not None else (x, 0.0)
     parts = 1 if gated else len(weights)
-    pdl = starts_early(x.device)
-    options = {"num_warps": tile.warps, **({"launch_pdl": True} if pdl else {})}
+    options = {"num_warps": tile.warps, **({"launch_pdl": True} if tile.early else {})}
     arrays = (x, gain, *w, *b, x if residual is None else residual, out)
     flags = {
         "NORM": norm is not None, "BIAS": biases is not None, "RESIDUAL": residual is not None,
-        "GATED": gated, "PARTS": parts, "BLOCK_N": tile.rows, "BLOCK_K": tile.columns, "PDL": pdl,
+        "GATED": gated, "PARTS": parts, "BLOCK_N": tile.rows, "BLOCK_K": columns, "PDL": tile.early,
     }  # fmt: skip
     sizes = (width, counts[0], counts[1] if parts > 2 else total - counts[0], total, eps)
     grid = (triton.cdiv(total, tile.rows),)
@@ -228,13 +195,3 @@ def decode_linear_triton(
     else:
         _matrix[grid](*arrays, batch, *sizes, **flags, ROWS=16, num_stages=tile.stages, **options)
     return out
-
-
-@cache
-def _early(index: int) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(index) >= (9, 0)
-
-
-def starts_early(device: torch.device) -> bool:
-    """Whether a launch may begin before its predecessor has ended (Hopper and later)."""
-    return device.type == "cuda" and _early(device.index or 0)

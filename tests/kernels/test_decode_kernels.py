@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from vistoken.kernels.decode_attention import decode_attention_reference
-from vistoken.kernels.decode_linear import decode_linear_reference
+from vistoken.kernels.decode_linear import Tile, decode_linear, fits, tiles
 
 triton = pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -41,8 +41,6 @@ LINEAR = [
 
 @pytest.mark.parametrize("case", LINEAR, ids=str)
 def test_linear_is_the_product(case):
-    from vistoken.kernels.triton_decode_linear import decode_linear_triton, fits
-
     batch, width, counts, bias, norm, residual, gated = case
     torch.manual_seed(0)
     x = torch.randn(batch, width)
@@ -51,20 +49,19 @@ def test_linear_is_the_product(case):
     rms = (torch.randn(width), 1e-5) if norm else None
     rest = torch.randn(batch, sum(counts)) if residual else None
     wanted = naive_linear(x, weights, biases, rms, rest, gated)
-    reference = decode_linear_reference(x, weights, biases, rms, rest, gated)
-    torch.testing.assert_close(reference.double(), wanted, rtol=1e-4, atol=1e-4)
-    assert fits(x, weights, gated)
-    got = decode_linear_triton(x, weights, biases, rms, rest, gated)
-    torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
+    for tile in (None, *tiles(batch, gated)):
+        assert tile is None or fits(tile, weights, gated) or len(weights) == 3
+        got = decode_linear(x, weights, biases, rms, rest, gated, tile)
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_linear_refuses_tiles_across_two_weights():
-    from vistoken.kernels.triton_decode_linear import fits
-
-    x = torch.randn(1, 32)
-    assert not fits(x, [torch.randn(9, 32), torch.randn(16, 32)], False)
-    assert not fits(x, [torch.randn(32, 16).T], False)
-    assert fits(x, [torch.randn(9, 32), torch.randn(9, 32)], True)
+def test_tiles_do_not_straddle_two_weights():
+    tile = Tile(8, 64, 4)
+    assert not fits(tile, [torch.randn(9, 32), torch.randn(16, 32)], False)
+    assert not fits(tile, [torch.randn(32, 16).T], False)
+    assert fits(tile, [torch.randn(16, 32), torch.randn(9, 32)], False)
+    assert fits(tile, [torch.randn(9, 32), torch.randn(9, 32)], True)
+    assert not tiles(17, False) and tiles(16, True) and tiles(1, False)
 
 
 def naive_attention(qkv, cos, sin, keys, values, lengths, scale):

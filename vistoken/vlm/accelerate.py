@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vistoken.errors import BackendUnavailableError, ConfigError
-from vistoken.vlm.decode import Decoder, Sampling, make_decoder, round_up
-from vistoken.vlm.decode_layers import Parts, find_parts
+from vistoken.vlm.decode import Decoder, Sampling, round_up
+from vistoken.vlm.decode_layers import Parts, Plan, find_parts
+from vistoken.vlm.decode_plan import choose_plan
+from vistoken.vlm.prompt import prepare
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,), "num_return_sequences": (1,), "num_beam_groups": (1,), "min_length": (0,),
@@ -29,24 +30,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 """Generation settings that must stay at one of these values, or None."""
 
+UNFUSED: tuple[None, str] = (None, "the model's own modules: fuse=False")
 SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "eos_token_id", "pad_token_id")
 DEFAULTS = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
 """What transformers takes where neither the call nor the model says."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What enters the language model.
-
-    Attributes:
-        inputs_embeds: `[B, L, C]`.
-        attention_mask: `[B, L]`, 1 for real tokens, or None.
-        position_ids: `[B, L]` or `[planes, B, L]`, or None for 0, 1, 2, ... per row.
-    """
-
-    inputs_embeds: Tensor
-    attention_mask: Tensor | None
-    position_ids: Tensor | None
 
 
 class Accelerated:
@@ -56,9 +43,16 @@ class Accelerated:
         model: a vision-language model of transformers, in eval mode.
         max_new_tokens: most tokens per call; the cache is sized for the prompt and these.
         graphs: record CUDA graphs; None does so on CUDA devices.
+        fuse: decode by the short chain where it knows the model; False keeps to its own modules.
     """
 
-    def __init__(self, model: Any, max_new_tokens: int = 64, graphs: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        max_new_tokens: int = 64,
+        graphs: bool | None = None,
+        fuse: bool = True,
+    ) -> None:
         if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens={max_new_tokens!r}: must be a whole number >= 1")
         self.model = model
@@ -73,6 +67,8 @@ class Accelerated:
             raise BackendUnavailableError("accelerate is for inference; call model.eval() first")
         self._graphs = device.type == "cuda" if graphs is None else graphs
         self._pool = torch.cuda.graph_pool_handle() if self._graphs else None
+        self._fuse = fuse
+        self._plans: dict[int, tuple[Plan | None, str]] = {}
         self._decoders: dict[tuple[int, int], Decoder] = {}
         self.execution = "nothing has run yet"
 
@@ -100,8 +96,10 @@ class Accelerated:
         ids = inputs.get("input_ids")
         if not isinstance(ids, Tensor):
             raise ConfigError("input_ids: must be given as a tensor [B, L]")
-        prepared = prepare(self._parts, inputs)
-        embeds, lengths, positions = left_aligned(prepared)
+        prepared = prepare(self.model, inputs)
+        embeds, lengths, positions = left_aligned(
+            prepared.inputs_embeds, prepared.attention_mask, prepared.position_ids
+        )
         planes = 0 if positions.ndim == 2 else positions.shape[0]
         decoder = self._decoder(embeds.shape[0], embeds.shape[1], planes)
         new = decoder.run(embeds, lengths, positions, count, sampling)
@@ -125,6 +123,9 @@ class Accelerated:
 
     def _decoder(self, batch: int, length: int, planes: int) -> Decoder:
         """The decoder of a batch size, made anew when a prompt is longer than its cache."""
+        if batch not in self._plans:
+            self._plans[batch] = choose_plan(self._parts, batch) if self._fuse else UNFUSED
+        plan, self.execution = self._plans[batch]
         window = self._parts.window
         if window is not None and round_up(length) + self.max_new_tokens > window:
             raise ConfigError(
@@ -136,8 +137,8 @@ class Accelerated:
             # The smaller cache is freed first: both need not fit.
             self._decoders.pop((batch, planes), None)
             del found
-            found, self.execution = make_decoder(
-                self._parts, batch, length, self.max_new_tokens, planes, self._pool
+            found = Decoder(
+                self._parts, batch, length, self.max_new_tokens, planes, self._pool, plan
             )
             self._decoders[batch, planes] = found
         return found
@@ -149,6 +150,7 @@ def accelerate(
     max_new_tokens: int = 64,
     *,
     graphs: bool | None = None,
+    fuse: bool = True,
 ) -> Accelerated:
     """A vision-language model with prefill and decoding under CUDA graphs.
 
@@ -158,6 +160,7 @@ def accelerate(
         method: wraps the model first, in place; None leaves it as it is.
         max_new_tokens: most tokens per call.
         graphs: record CUDA graphs; None does so on CUDA devices.
+        fuse: decode by a chain of fused kernels where it knows the model and agrees with it.
 
     Returns:
         An object whose `generate` takes what `model.generate` takes.
@@ -167,7 +170,7 @@ def accelerate(
         BackendUnavailableError: the model is in training mode, or graphs without CUDA.
         ConfigError: a wrong setting.
     """
-    fast = Accelerated(model, max_new_tokens, graphs)
+    fast = Accelerated(model, max_new_tokens, graphs, fuse)
     if method is not None:
         from vistoken.api import wrap
 
@@ -221,48 +224,21 @@ def read_sampling(config: Any, inputs: dict[str, Any]) -> Sampling:
     )
 
 
-class _Reached(Exception):
-    """Carries the arguments of the language model out of the model's forward."""
+def left_aligned(
+    embeds: Tensor, mask: Tensor | None, positions: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings, lengths `[B]` and positions with each row's real tokens first, in order.
 
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        super().__init__()
-        self.arguments = arguments
-
-
-def prepare(parts: Parts, inputs: dict[str, Any]) -> Prepared:
-    """What the model's own forward hands to its language model; that itself does not run."""
-
-    def stop(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Reached(kwargs)
-
-    handle = parts.decoder.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        parts.model(**inputs)
-    except _Reached as reached:
-        given = reached.arguments
-    finally:
-        handle.remove()
-    return Prepared(given["inputs_embeds"], given.get("attention_mask"), given.get("position_ids"))
-
-
-def left_aligned(prepared: Prepared) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings, lengths `[B]` and positions with each row's real tokens first, in order."""
-    embeds, mask, positions = (
-        prepared.inputs_embeds, prepared.attention_mask, prepared.position_ids
-    )  # fmt: skip
+    Args:
+        embeds: `[B, L, C]`.
+        mask: `[B, L]`, 0 at padding on either side, or None.
+        positions: `[B, L]` or `[axes, B, L]`.
+    """
     batch, length = embeds.shape[:2]
-    count = torch.arange(length, device=embeds.device).expand(batch, length)
+    positions = positions.expand(*positions.shape[:-2], batch, length)
     if mask is None:
-        lengths = torch.full((batch,), length, device=embeds.device)
-        return (
-            embeds,
-            lengths,
-            count if positions is None else positions.expand(*positions.shape[:-2], batch, length),
-        )
+        return embeds, torch.full((batch,), length, device=embeds.device), positions
     real = mask.to(embeds.device).bool()
     order = (~real).to(torch.uint8).argsort(dim=1, stable=True)
     embeds = embeds.gather(1, order[..., None].expand_as(embeds))
-    if positions is None:
-        return embeds, real.sum(1), count
-    order = order.expand(*positions.shape[:-2], batch, length)
-    return embeds, real.sum(1), positions.expand_as(order).gather(-1, order)
+    return embeds, real.sum(1), positions.gather(-1, order.expand_as(positions))

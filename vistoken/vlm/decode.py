@@ -14,13 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vistoken.vlm.decode_layers import (
-    Parts,
-    chain_logits,
-    host_logits,
-    make_state,
-    why_not_chain,
-)
+from vistoken.vlm.decode_layers import Parts, Plan, chain_logits, host_logits, make_state
 
 STEPS = 8
 """Decoding steps per replay; the host looks for the end once per replay, one replay behind."""
@@ -114,7 +108,7 @@ class Decoder:
         new_tokens: most new tokens.
         planes: 0 for plain positions, 3 where a token has three.
         pool: memory pool that graphs share; None runs without graphs.
-        chain: whether the chain decodes; the model's own modules otherwise.
+        plan: how the chain decodes; None is the model's own modules.
     """
 
     def __init__(
@@ -125,13 +119,13 @@ class Decoder:
         new_tokens: int,
         planes: int,
         pool: Any,
-        chain: bool,
+        plan: Plan | None,
     ) -> None:
         self.parts, self.batch, self.pool = parts, batch, pool
         self.length = round_up(length)
         self.planes, self.new_tokens = planes, new_tokens
         self.state = make_state(parts, batch, self.length + new_tokens, new_tokens, planes)
-        self._logits = chain_logits if chain else host_logits
+        self.plan = plan
         self._prompts: dict[int, Prompt] = {}
         self._steps: dict[tuple[Sampling, int], Replay] = {}
 
@@ -234,7 +228,10 @@ class Decoder:
 
     def _step(self, sampling: Sampling) -> None:
         """One more token per row."""
-        logits = self._logits(self.parts, self.state)
+        if self.plan is None:
+            logits = host_logits(self.parts, self.state)
+        else:
+            logits = chain_logits(self.parts, self.state, self.plan)
         self.state.lengths.add_(1)
         self.state.positions.add_(1)
         self._take(logits, sampling)
@@ -273,16 +270,6 @@ class Ended:
         before, event = self._seen.popleft()
         event.synchronize()
         return bool(before.all())
-
-
-def make_decoder(
-    parts: Parts, batch: int, length: int, new_tokens: int, planes: int, pool: Any
-) -> tuple[Decoder, str]:
-    """A decoder, and in words what decodes."""
-    reason = why_not_chain(parts)
-    words = "fused chain" if reason is None else f"the model's own modules: {reason}"
-    chain = reason is None
-    return Decoder(parts, batch, length, new_tokens, planes, pool, chain), words
 
 
 def round_up(length: int) -> int:

@@ -11,7 +11,7 @@ agree with the model's own on random input.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from vistoken.errors import UnsupportedBackboneError
 from vistoken.kernels.decode_attention import decode_attention
-from vistoken.kernels.decode_linear import decode_linear
+from vistoken.kernels.decode_linear import Tile, decode_linear
 from vistoken.spec import class_path
 
 LAYERS = tuple(
@@ -32,8 +32,30 @@ LAYERS = tuple(
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
 SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-"""Relative error to the model's own layer that rounding explains."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the chain's products are cut; None is torch's own product.
+
+    Attributes:
+        qkv: the joint projection.
+        back: the projections that add to the residual stream.
+        gate: the gated projection.
+        head: the logits.
+        early: kernels start before those before them have ended.
+    """
+
+    qkv: Tile | None = None
+    back: Tile | None = None
+    gate: Tile | None = None
+    head: Tile | None = None
+    early: bool = False
+
+    def tile(self, name: str) -> Tile | None:
+        """The tile of one product."""
+        found: Tile | None = getattr(self, name)
+        return None if found is None else replace(found, early=self.early)
 
 
 @dataclass(frozen=True)
@@ -196,7 +218,7 @@ def host_logits(parts: Parts, state: State) -> Tensor:
     """Logits `[B, V]` of the next token by the model's own modules."""
     x = parts.decoder.get_input_embeddings()(state.current)[:, None]
     cells = torch.arange(state.capacity, device=x.device)
-    mask = _mask(parts, (cells <= state.lengths[:, None])[:, None, None], x.dtype)
+    mask = mask_for(parts, (cells <= state.lengths[:, None])[:, None, None], x.dtype)
     out = parts.decoder(
         inputs_embeds=x,
         attention_mask=mask,
@@ -207,14 +229,18 @@ def host_logits(parts: Parts, state: State) -> Tensor:
     return parts.head(out.last_hidden_state[:, -1])  # type: ignore[no-any-return]
 
 
-def chain_logits(parts: Parts, state: State) -> Tensor:
+def chain_logits(parts: Parts, state: State, plan: Plan) -> Tensor:
     """Logits `[B, V]` of the next token by the chain."""
     x = parts.decoder.get_input_embeddings()(state.current)
     cos, sin = _tables(parts, x, state.positions)
     for layer, keys, values in zip(parts.decoder.layers, state.keys, state.values, strict=True):
-        x = chain_layer(layer, x, cos, sin, keys, values, state.lengths, state.arrivals)
-    bias = None if parts.head.bias is None else (parts.head.bias,)
-    return decode_linear(x, (parts.head.weight,), bias, _norm(parts.decoder.norm))
+        x = chain_layer(layer, x, cos, sin, keys, values, state.lengths, state.arrivals, plan)
+    return head_logits(parts, x, plan)
+
+
+def head_logits(parts: Parts, x: Tensor, plan: Plan) -> Tensor:
+    """Logits `[B, V]` of the last layer's output `[B, C]`."""
+    return _linear(x, (parts.head,), _norm(parts.decoder.norm), tile=plan.tile("head"))
 
 
 def chain_layer(
@@ -226,19 +252,21 @@ def chain_layer(
     values: Tensor,
     lengths: Tensor,
     arrivals: Tensor,
+    plan: Plan,
 ) -> Tensor:
     """One decoder layer on the newest tokens `[B, C]`; appends to the cache."""
     own, mlp = layer.self_attn, layer.mlp
-    qkv = _linear(x, (own.q_proj, own.k_proj, own.v_proj), _norm(layer.input_layernorm))
-    a = decode_attention(qkv, cos, sin, keys, values, lengths, arrivals, own.scaling)
-    x = _linear(a, (own.o_proj,), residual=x)
+    joint = (own.q_proj, own.k_proj, own.v_proj)
+    qkv = _linear(x, joint, _norm(layer.input_layernorm), tile=plan.tile("qkv"))
+    a = decode_attention(qkv, cos, sin, keys, values, lengths, arrivals, own.scaling, plan.early)
+    x = _linear(a, (own.o_proj,), residual=x, tile=plan.tile("back"))
     norm = _norm(layer.post_attention_layernorm)
-    h = _linear(x, (mlp.gate_proj, mlp.up_proj), norm, gated=True)
-    return _linear(h, (mlp.down_proj,), residual=x)
+    h = _linear(x, (mlp.gate_proj, mlp.up_proj), norm, gated=True, tile=plan.tile("gate"))
+    return _linear(h, (mlp.down_proj,), residual=x, tile=plan.tile("back"))
 
 
 def why_not_chain(parts: Parts) -> str | None:
-    """The reason why the model's own modules decode, or None."""
+    """The reason why the chain does not know the model's layers, or None."""
     for layer in parts.decoder.layers:
         if class_path(type(layer)) not in LAYERS:
             return f"its layers are {class_path(type(layer))}"
@@ -256,54 +284,7 @@ def why_not_chain(parts: Parts) -> str | None:
             return f"its activation is {type(layer.mlp.act_fn).__name__}"
     if type(parts.head) is not nn.Linear:
         return f"its head is {class_path(type(parts.head))}"
-    layers = parts.decoder.layers
-    for layer in (layers[0], layers[-1]):
-        error = layer_error(parts, layer)
-        if error > TOLERANCE.get(parts.head.weight.dtype, 0.0):
-            return f"a layer differs from the model's own by {error:.1e}"
     return None
-
-
-@torch.no_grad()
-def layer_error(parts: Parts, layer: Any, batch: int = 2, tokens: int = 70) -> float:
-    """Relative difference between the chain and the model's own layer on random input."""
-    weight = parts.head.weight
-    groups, dim = parts.cache_shape
-    source = torch.Generator(weight.device).manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        values = torch.randn(shape, generator=source, device=weight.device)
-        return values.to(weight.dtype)
-
-    x, buffers = draw(batch, weight.shape[1]), draw(2, batch, groups, 2 * tokens, dim)
-    lengths = torch.arange(tokens, tokens + batch, device=weight.device)
-    tables = parts.decoder.rotary_emb(x[:, None], lengths[:, None])
-    mask = torch.arange(2 * tokens, device=weight.device) <= lengths[:, None]
-    index = layer.self_attn.layer_idx
-    cache = Cache(
-        layers=[Rows(buffers[0].clone(), buffers[1].clone(), lengths) for _ in range(index + 1)]
-    )
-    own = layer(
-        x[:, None],
-        attention_mask=_mask(parts, mask[:, None, None], x.dtype),
-        position_ids=lengths[:, None],
-        past_key_values=cache,
-        use_cache=True,
-        position_embeddings=tables,
-    )
-    own = (own[0] if isinstance(own, tuple) else own)[:, 0]
-    arrivals = torch.zeros(batch * groups, dtype=torch.int32, device=weight.device)
-    cos, sin = (table[:, 0].contiguous() for table in tables)
-    worst = 0.0
-    for rows in range(1, batch + 1):
-        part = buffers[:, :rows].clone()
-        got = chain_layer(
-            layer, x[:rows], cos[:rows], sin[:rows], part[0], part[1], lengths[:rows],
-            arrivals[: rows * groups],
-        )  # fmt: skip
-        change = (own - x)[:rows].float().norm()
-        worst = max(worst, float((got - own[:rows]).float().norm() / change))
-    return worst
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -318,11 +299,12 @@ def _linear(
     norm: tuple[Tensor, float] | None = None,
     residual: Tensor | None = None,
     gated: bool = False,
+    tile: Tile | None = None,
 ) -> Tensor:
     """`decode_linear` of modules."""
     biases = tuple(layer.bias for layer in layers if layer.bias is not None)
     weights = tuple(layer.weight for layer in layers)
-    return decode_linear(x, weights, biases or None, norm, residual, gated)
+    return decode_linear(x, weights, biases or None, norm, residual, gated, tile)
 
 
 def _norm(module: Any) -> tuple[Tensor, float]:
@@ -337,8 +319,8 @@ def _tables(parts: Parts, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]
     return cos[:, 0].contiguous(), sin[:, 0].contiguous()
 
 
-def _mask(parts: Parts, keep: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as the model's attention takes it."""
+def mask_for(parts: Parts, keep: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask `keep` in the form that the model's attention takes."""
     if parts.config._attn_implementation == "sdpa":
         return keep
     return torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill(

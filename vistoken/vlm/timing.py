@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vistoken.vlm.accelerate import accelerate, prepare
-from vistoken.vlm.decode_layers import find_parts
+from vistoken.vlm.accelerate import accelerate
+from vistoken.vlm.prompt import prepare
 
 LEAST, MOST = 2, 50
 """Calls per measured number."""
@@ -25,7 +25,7 @@ class Case:
 
     Attributes:
         batch: rows.
-        mode: `eager`, `static` or `graph`.
+        mode: `eager`, `static`, `graph` or `modules`.
         method: what the model is wrapped with, or None.
         text: length of prompts without an image, or 0.
         new_tokens: tokens generated.
@@ -66,7 +66,7 @@ def measure_row(model: Any, inputs: dict[str, Any], images: int, case: Case) -> 
 def _measure(model: Any, inputs: dict[str, Any], images: int, case: Case) -> dict[str, Any]:
     device = inputs["input_ids"].device
     with torch.no_grad():
-        prepared = prepare(find_parts(model), inputs)
+        prepared = prepare(model, inputs)
     entering = prepared.inputs_embeds.shape[1]
     prompt = inputs["input_ids"].shape[1]
     del prepared
@@ -95,8 +95,9 @@ def _runner(
     model: Any, inputs: dict[str, Any], case: Case
 ) -> tuple[Callable[[int], Tensor], Callable[[], str | None]]:
     """Greedy generation of so many tokens, and what ran, in words."""
-    if case.mode == "graph":
-        fast = accelerate(model, max_new_tokens=case.new_tokens)
+    if case.mode in ("graph", "modules"):
+        fuse = case.mode == "graph"
+        fast = accelerate(model, max_new_tokens=case.new_tokens, fuse=fuse)
         return (
             lambda count: fast.generate(**inputs, max_new_tokens=count, do_sample=False),
             lambda: fast.execution,

@@ -1,0 +1,206 @@
+"""Which tiles decode fastest here: tried on the model's own layers, and checked against them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from vistoken.kernels.decode_linear import Tile, tiles
+from vistoken.kernels.dispatch import why_not_triton
+from vistoken.vlm.decode_layers import (
+    Parts,
+    Plan,
+    Rows,
+    chain_layer,
+    head_logits,
+    mask_for,
+    why_not_chain,
+)
+
+SECONDS = 5.0
+"""Time for trying tiles; compiling them takes most of it, and is remembered between processes."""
+
+LAYERS, KEYS = 4, 256
+"""Layers that are timed together, more than a cache holds, and tokens in their caches."""
+
+REPLAYS = 5
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+"""Relative error to the model's own layer that rounding explains."""
+
+
+def choose_plan(parts: Parts, batch: int, seconds: float = SECONDS) -> tuple[Plan | None, str]:
+    """The fastest plan that agrees with the model's own layers, or None for these; and in words.
+
+    Args:
+        parts: the model.
+        batch: rows.
+        seconds: time for trying tiles after the first.
+    """
+    reason = why_not_chain(parts)
+    if reason is not None:
+        return None, f"the model's own modules: {reason}"
+    layers = parts.decoder.layers
+    allowed = TOLERANCE.get(parts.head.weight.dtype, 0.0)
+    reasons = []
+    for plan in first_plans(parts, batch):
+        try:
+            error = max(layer_error(parts, one, plan, batch) for one in (layers[0], layers[-1]))
+        except Exception as failure:
+            # Whatever keeps a kernel from being built or launched here, torch's products remain.
+            reasons.append(f"{type(failure).__name__}: {str(failure).splitlines()[0][:120]}")
+            continue
+        if error <= allowed:
+            if plan != Plan():
+                plan = tune(parts, batch, plan, seconds)
+            notes = "".join(f"; not {note}" for note in reasons)
+            return plan, f"fused chain{describe(plan)}{notes}"
+        reasons.append(f"a layer differs from the model's own by {error:.1e}")
+    return None, f"the model's own modules: {reasons[-1]}"
+
+
+def first_plans(parts: Parts, batch: int) -> list[Plan]:
+    """Plans to begin with, the most promising first."""
+    weight = parts.head.weight
+    if why_not_triton(weight.device, weight.dtype) is not None or not tiles(batch, False):
+        return [Plan()]
+    plain, gate = tiles(batch, False)[0], tiles(batch, True)[0]
+    plan = Plan(plain, plain, gate, plain)
+    capable = torch.version.hip is None and torch.cuda.get_device_capability(weight.device)[0] >= 9
+    return [replace(plan, early=True), plan, Plan()] if capable else [plan, Plan()]
+
+
+def tune(parts: Parts, batch: int, plan: Plan, seconds: float) -> Plan:
+    """Change one product's tile at a time while that is faster and the time is not over."""
+    end = time.monotonic() + seconds
+    clock = Stopwatch(parts, batch)
+    best = clock(plan)
+    for name in ("gate", "back", "qkv", "head"):
+        choices: list[Tile | None] = [*tiles(batch, name == "gate")[1:], None]
+        for tile in choices:
+            if time.monotonic() > end:
+                return plan
+            change: dict[str, Any] = {name: tile}
+            trial = replace(plan, **change)
+            taken = clock(trial)
+            if taken < best:
+                plan, best = trial, taken
+    if plan.early and time.monotonic() < end:
+        trial = replace(plan, early=False)
+        plan = trial if clock(trial) < best else plan
+    return plan
+
+
+class Stopwatch:
+    """Times a plan on a few layers and the head, recorded in a CUDA graph.
+
+    Args:
+        parts: the model.
+        batch: rows.
+    """
+
+    @torch.no_grad()
+    def __init__(self, parts: Parts, batch: int) -> None:
+        self.parts = parts
+        self.layers = list(parts.decoder.layers)[:LAYERS]
+        weight = parts.head.weight
+        groups, dim = parts.cache_shape
+        shape = (len(self.layers), 2, batch, groups, KEYS + 64, dim)
+        self.caches = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
+        self.x = torch.ones(batch, weight.shape[1], device=weight.device, dtype=weight.dtype)
+        self.lengths = torch.full((batch,), KEYS, device=weight.device)
+        tables = parts.decoder.rotary_emb(self.x[:, None], self.lengths[:, None])
+        self.tables = [table[:, 0].contiguous() for table in tables]
+        self.arrivals = torch.zeros(batch * groups, dtype=torch.int32, device=weight.device)
+
+    @torch.no_grad()
+    def __call__(self, plan: Plan) -> float:
+        """Milliseconds, the least of some replays; infinity where the plan does not run."""
+        try:
+            return least_time(lambda: self._run(plan))
+        except Exception:
+            return float("inf")
+
+    def _run(self, plan: Plan) -> Tensor:
+        x, (cos, sin) = self.x, self.tables
+        for layer, (keys, values) in zip(self.layers, self.caches, strict=True):
+            x = chain_layer(layer, x, cos, sin, keys, values, self.lengths, self.arrivals, plan)
+        return head_logits(self.parts, x, plan)
+
+
+def least_time(run: Callable[[], Any]) -> float:
+    """Milliseconds of a function in a CUDA graph, the least of some replays."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
+    taken: list[float] = []
+    for _ in range(REPLAYS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        taken.append(begin.elapsed_time(end))
+    return min(taken)
+
+
+@torch.no_grad()
+def layer_error(parts: Parts, layer: Any, plan: Plan, batch: int = 2, tokens: int = 70) -> float:
+    """Relative difference between the chain and the model's own layer on random input."""
+    weight = parts.head.weight
+    groups, dim = parts.cache_shape
+    source = torch.Generator(weight.device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        values = torch.randn(shape, generator=source, device=weight.device)
+        return values.to(weight.dtype)
+
+    x, buffers = draw(batch, weight.shape[1]), draw(2, batch, groups, 2 * tokens, dim)
+    lengths = torch.arange(tokens, tokens + batch, device=weight.device)
+    tables = parts.decoder.rotary_emb(x[:, None], lengths[:, None])
+    mask = torch.arange(2 * tokens, device=weight.device) <= lengths[:, None]
+    index = layer.self_attn.layer_idx
+    cache = Cache(
+        layers=[Rows(buffers[0].clone(), buffers[1].clone(), lengths) for _ in range(index + 1)]
+    )
+    own = layer(
+        x[:, None],
+        attention_mask=mask_for(parts, mask[:, None, None], x.dtype),
+        position_ids=lengths[:, None],
+        past_key_values=cache,
+        use_cache=True,
+        position_embeddings=tables,
+    )
+    own = (own[0] if isinstance(own, tuple) else own)[:, 0]
+    arrivals = torch.zeros(batch * groups, dtype=torch.int32, device=weight.device)
+    cos, sin = (table[:, 0].contiguous() for table in tables)
+    got = chain_layer(layer, x, cos, sin, buffers[0], buffers[1], lengths, arrivals, plan)
+    # A layer that changes little is judged by what it passes on: rounding alone is as large.
+    size = torch.maximum((own - x).float().norm(), own.float().norm() / 4)
+    return float((got - own).float().norm() / size)
+
+
+def describe(plan: Plan) -> str:
+    """A plan's tiles in a few words."""
+    if plan == Plan():
+        return ""
+    words = []
+    for field in fields(Plan):
+        tile = getattr(plan, field.name)
+        if isinstance(tile, Tile):
+            words.append(f"{field.name} {tile.rows}x{tile.columns}w{tile.warps}")
+        elif field.name != "early":
+            words.append(f"{field.name} torch")
+    return f" ({', '.join(words)}{', early' if plan.early else ''})"
