@@ -6,6 +6,7 @@ Every number is one replay of a CUDA graph over many distinct weights, so nothin
 import argparse
 import time
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -51,7 +52,8 @@ def products(name, batch, tiles, early):
         try:
             got = decode_linear(x, weights[0], *args, tile).float()
             error = float((got - wanted).norm() / wanted.norm())
-            us = 1000 * all_of([lambda g=g: decode_linear(x, g, *args, tile) for g in weights])
+            calls = [partial(decode_linear, x, group, *args, tile) for group in weights]
+            us = 1000 * all_of(calls)
             speed = f"{us:7.2f} us {size / us / 1e6:5.2f} TB/s error {error:.0e}"
         except Exception as problem:
             speed = f"{type(problem).__name__} {str(problem)[:80]}"

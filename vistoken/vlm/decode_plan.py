@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -22,6 +23,8 @@ from vistoken.vlm.decode_layers import (
     mask_for,
     why_not_chain,
 )
+
+LOG = logging.getLogger(__name__)
 
 SECONDS = 5.0
 """Time for trying tiles; compiling them takes most of it, and is remembered between processes."""
@@ -123,9 +126,12 @@ class Stopwatch:
     def __call__(self, plan: Plan) -> float:
         """Milliseconds, the least of some replays; infinity where the plan does not run."""
         try:
-            return least_time(lambda: self._run(plan))
-        except Exception:
+            taken = least_time(lambda: self._run(plan))
+        except Exception as failure:
+            LOG.debug("%s: %s", plan, failure)
             return float("inf")
+        LOG.debug("%.4f ms%s", taken, describe(plan))
+        return taken
 
     def _run(self, plan: Plan) -> Tensor:
         x, (cos, sin) = self.x, self.tables
