@@ -43,7 +43,19 @@ from vistoken.methods import (
 from vistoken.schedule import Schedule
 from vistoken.state import Assignment, SourceMap
 from vistoken.tracing import Trace
-from vistoken.vlm import GlobalCom2, HiRED, HoloV, MaxMin, PoolTokens, RandomTokens, VisionZip
+from vistoken.vlm import (
+    FastV,
+    GlobalCom2,
+    HiRED,
+    HoloV,
+    LayerRates,
+    MaxMin,
+    PoolTokens,
+    PSigmoid,
+    PyramidDrop,
+    RandomTokens,
+    VisionZip,
+)
 
 __all__ = [
     "MCTF",
@@ -53,18 +65,22 @@ __all__ = [
     "ConfigError",
     "DiffRate",
     "EViT",
+    "FastV",
     "GlobalCom2",
     "Graphed",
     "HiRED",
     "HoloV",
     "Info",
     "LatencyTable",
+    "LayerRates",
     "MaxMin",
     "Method",
     "NeighborhoodAttention",
     "NotWrappedError",
+    "PSigmoid",
     "Pool",
     "PoolTokens",
+    "PyramidDrop",
     "RandomDrop",
     "RandomTokens",
     "RecomputeError",

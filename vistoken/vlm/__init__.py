@@ -10,21 +10,27 @@ from vistoken.vlm.baselines import PoolTokens, RandomTokens
 from vistoken.vlm.diverse import HoloV, MaxMin, VisionZip
 from vistoken.vlm.global_com2 import GlobalCom2
 from vistoken.vlm.hired import HiRED
+from vistoken.vlm.inside import FastV, LayerMethod, LayerRates, PSigmoid, PyramidDrop
 
 __all__ = [
     "METHODS",
+    "FastV",
     "GlobalCom2",
     "HiRED",
     "HoloV",
     "ImageMethod",
     "LanguageMethod",
+    "LayerMethod",
+    "LayerRates",
     "MaxMin",
+    "PSigmoid",
     "PoolTokens",
+    "PyramidDrop",
     "RandomTokens",
     "VisionZip",
 ]
 
 METHODS: dict[str, type[LanguageMethod]] = {
     cls.name: cls for cls in (HiRED, GlobalCom2, VisionZip, HoloV, MaxMin, RandomTokens, PoolTokens)
-}
+} | {cls.name: cls for cls in (FastV, PyramidDrop, PSigmoid, LayerRates)}
 """Every method for vision-language models, by its command-line name."""

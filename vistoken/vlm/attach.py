@@ -14,6 +14,8 @@ from vistoken.errors import UnsupportedMethodError
 from vistoken.models.llava import LanguageHost, find_language
 from vistoken.vlm.base import Image, ImageMethod, LanguageMethod, Positions
 from vistoken.vlm.cache import short_of, shorten
+from vistoken.vlm.flow import Decoder, make_decoder
+from vistoken.vlm.inside import LayerMethod
 from vistoken.vlm.layout import Layout, layout_of
 from vistoken.vlm.places import user_positions
 from vistoken.vlm.prompt import LAYERS, SIZES, TAG, Prepared, past_mask, shorten_prompt
@@ -95,7 +97,8 @@ class LanguageInfo:
     Attributes:
         method: its settings in command-line form.
         family: the model's family.
-        images: (image tokens before, after) of the last prompt's images, newlines included.
+        images: (image tokens before, after) of the last call: of every image, or for methods
+            inside the language model of every prompt, in the last layers.
     """
 
     method: str
@@ -119,6 +122,7 @@ class LanguageAttachment:
         handles: everything installed.
         pending: the prompt that is running.
         counts: (tokens before, after) of the last images.
+        decoder: the stages inside the language model, for methods that have them.
     """
 
     host: LanguageHost
@@ -128,6 +132,7 @@ class LanguageAttachment:
     handles: list[Any] = field(default_factory=list)
     pending: Prepared | None = None
     counts: tuple[tuple[int, int], ...] = ()
+    decoder: Decoder | None = None
 
     def detach(self) -> None:
         """Take everything off again."""
@@ -138,7 +143,8 @@ class LanguageAttachment:
 
     def describe(self) -> LanguageInfo:
         """What `vistoken.info` returns."""
-        return LanguageInfo(self.method.to_string(), self.host.spec.family, self.counts)
+        counts = self.counts if self.decoder is None else self.decoder.counts
+        return LanguageInfo(self.method.to_string(), self.host.spec.family, counts)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "pending": None}
@@ -154,8 +160,13 @@ def attach(model: nn.Module, method: LanguageMethod) -> LanguageAttachment:
     host = find_language(model)
     if model is not host.top:
         raise UnsupportedMethodError("pass the model that has generate(), not a module around it")
-    assert isinstance(method, ImageMethod)
     attachment = LanguageAttachment(host, method)
+    if isinstance(method, LayerMethod):
+        attachment.decoder = make_decoder(host, method)
+        if not method.idle and attachment.decoder.stages:
+            attachment.handles += attachment.decoder.attach()
+        return attachment
+    assert isinstance(method, ImageMethod)
     method.check_host(host)
     if method.idle:
         return attachment
