@@ -43,6 +43,7 @@ from vistoken.train.scenes_data import ScenesData
 
 IMAGENET = 1_281_167
 EPOCHS = 3
+RECIPE = '{"lr": 0.05, "lr_min": 0.005, "cost_weight": 0.1, "distill": 1.0, "carry": "active"}'
 Row = dict[str, Any]
 
 
@@ -77,7 +78,9 @@ def learner(name: str, **options: Any) -> RateLearning:
     return module
 
 
-def bench_steps(name: str, batch: int, seconds: float, device: torch.device) -> list[Row]:
+def bench_steps(
+    name: str, batch: int, seconds: float, device: torch.device, wanted: list[str] | None
+) -> list[Row]:
     """Time and memory of dense and learning steps."""
     torch.manual_seed(0)
     size = 224
@@ -94,6 +97,8 @@ def bench_steps(name: str, batch: int, seconds: float, device: torch.device) -> 
     }
     rows: list[Row] = []
     for label, options in cases.items():
+        if wanted is not None and options is not None and label not in wanted:
+            continue
         if options is None:
             model: Any = timm.create_model(name, num_classes=1000).to(device).train()
             optimizer: Any = None
@@ -312,8 +317,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=8, help="held-out scenes per garment")
     parser.add_argument("--garments", type=int, default=None)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--recipe", default='{"lr": 0.1, "lr_min": 0.01, "cost_weight": 0.1, '
-                        '"distill": 1.0}', help="options of RateLearning as JSON")  # fmt: skip
+    parser.add_argument("--recipe", default=RECIPE, help="options of RateLearning as JSON")
     parser.add_argument("--variants", default="{}", help="further recipes as JSON, by name")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args()
@@ -322,7 +326,9 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[Row] = []
     if "steps" in given.parts:
-        rows += bench_steps(given.model, given.step_batch, given.step_seconds, device)
+        rows += bench_steps(
+            given.model, given.step_batch, given.step_seconds, device, given.step_cases
+        )
     if "learn" in given.parts:
         rows += bench_learning(given, device)
     record = make_record(device, rows, " ".join(["python", "benchmarks/rates.py", *sys.argv[1:]]))
