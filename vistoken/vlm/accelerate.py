@@ -66,7 +66,6 @@ class Accelerated:
         if model.training:
             raise BackendUnavailableError("accelerate is for inference; call model.eval() first")
         self._graphs = device.type == "cuda" if graphs is None else graphs
-        self._pool = torch.cuda.graph_pool_handle() if self._graphs else None
         self._fuse = fuse
         self._plans: dict[int, tuple[Plan | None, str]] = {}
         self._decoders: dict[tuple[int, int], Decoder] = {}
@@ -96,19 +95,27 @@ class Accelerated:
         ids = inputs.get("input_ids")
         if not isinstance(ids, Tensor):
             raise ConfigError("input_ids: must be given as a tensor [B, L]")
+        with torch.cuda.device_of(self._parts.head.weight):
+            try:
+                new = self._run(inputs, count, sampling)
+            except torch.OutOfMemoryError:
+                self.clear()
+                raise
+        return torch.cat([ids, new], 1)
+
+    def _run(self, inputs: dict[str, Any], count: int, sampling: Sampling) -> Tensor:
+        """The new tokens."""
         prepared = prepare(self.model, inputs)
         embeds, lengths, positions = left_aligned(
             prepared.inputs_embeds, prepared.attention_mask, prepared.position_ids
         )
         planes = 0 if positions.ndim == 2 else positions.shape[0]
         decoder = self._decoder(embeds.shape[0], embeds.shape[1], planes)
-        new = decoder.run(embeds, lengths, positions, count, sampling)
-        return torch.cat([ids, new], 1)
+        return decoder.run(embeds, lengths, positions, count, sampling)
 
     def clear(self) -> None:
         """Free caches and graphs; the next call makes them again."""
         self._decoders.clear()
-        self._pool = torch.cuda.graph_pool_handle() if self._graphs else None
 
     def _count(self, given: int | None) -> int:
         """The number of new tokens, checked."""
@@ -138,7 +145,7 @@ class Accelerated:
             self._decoders.pop((batch, planes), None)
             del found
             found = Decoder(
-                self._parts, batch, length, self.max_new_tokens, planes, self._pool, plan
+                self._parts, batch, length, self.max_new_tokens, planes, self._graphs, plan
             )
             self._decoders[batch, planes] = found
         return found

@@ -107,7 +107,7 @@ class Decoder:
         length: longest prompt, in tokens after reduction.
         new_tokens: most new tokens.
         planes: 0 for plain positions, 3 where a token has three.
-        pool: memory pool that graphs share; None runs without graphs.
+        graphs: record CUDA graphs; they share one memory pool.
         plan: how the chain decodes; None is the model's own modules.
     """
 
@@ -118,10 +118,11 @@ class Decoder:
         length: int,
         new_tokens: int,
         planes: int,
-        pool: Any,
+        graphs: bool,
         plan: Plan | None,
     ) -> None:
-        self.parts, self.batch, self.pool = parts, batch, pool
+        self.parts, self.batch = parts, batch
+        self.pool = torch.cuda.graph_pool_handle() if graphs else None
         self.length = round_up(length)
         self.planes, self.new_tokens = planes, new_tokens
         self.state = make_state(parts, batch, self.length + new_tokens, new_tokens, planes)
