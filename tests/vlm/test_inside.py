@@ -290,18 +290,18 @@ def test_sigmoid_rates():
 def test_schedule_files(tmp_path):
     path = tmp_path / "rates.json"
     path.write_text(json.dumps({"rates": [1.0, 1.0, 0.5, 0.25]}))
-    assert LayerRates(str(path)).stages(4) == {2: 0.5, 3: 0.25}
-    model = vistoken.wrap(build(), LayerRates(str(path)))
+    assert LayerRates(file=str(path)).stages(4) == {2: 0.5, 3: 0.25}
+    model = vistoken.wrap(build(), LayerRates(file=str(path)))
     inputs = inputs_of(model, [[(56, 56)]])
     same = vistoken.wrap(build(), vistoken.parse(f"layer_rates:file={path}"))
     assert torch.equal(run(model, inputs), run(same, inputs))
-    with pytest.raises(ScheduleError, match="4 layers"):
-        LayerRates(str(path)).stages(5)
+    with pytest.raises(ScheduleError, match="model of 5"):
+        LayerRates(file=str(path)).stages(5)
     path.write_text(json.dumps({"rates": [1.0, 0.5, 0.7, 0.1]}))
     with pytest.raises(ConfigError, match="falling"):
-        LayerRates(str(path)).stages(4)
+        LayerRates(file=str(path)).stages(4)
     with pytest.raises(ConfigError, match="nowhere"):
-        LayerRates("nowhere").stages(4)
+        LayerRates(file="nowhere").stages(4)
 
 
 def test_what_cannot_work_raises():

@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "view": ("vistoken.cli.view", "draw kept, merged and pruned regions of an image"),
     "bench": ("vistoken.cli.bench", "time a model dense and reduced"),
     "bench-vlm": ("vistoken.cli.bench_vlm", "time generation of a vision-language model"),
+    "search-vlm": ("vistoken.cli.search_vlm", "find keep rates per layer of a language model"),
     "latency": ("vistoken.cli.latency", "measure block time against token count, and cache it"),
     "eval": ("vistoken.cli.eval", "accuracy and fidelity over a data set (= python eval.py)"),
     "train": ("vistoken.cli.train", "train with Lightning (= python train.py)"),

@@ -161,25 +161,34 @@ class PSigmoid(LayerMethod):
 
 @dataclass(frozen=True)
 class LayerRates(LayerMethod):
-    """Keep rates from a file that `vistoken.vlm.search.search_rates` wrote.
+    """Keep rates per layer, given or from a file that `vistoken search-vlm` wrote.
 
     Args:
-        file: JSON with `{"rates": [1.0, ...]}`, one rate per decoder layer, never rising.
+        rates: one rate per decoder layer, the first 1, never rising; or
+        file: JSON with `{"rates": [1.0, ...]}`.
     """
 
     name: ClassVar[str] = "layer_rates"
     paper: ClassVar[str] = "G-Search of Zhao et al., CVPR 2025"
 
-    file: str = ""
+    rates: Sequence[float] | None = None
+    file: str | None = None
 
-    def rates(self) -> tuple[float, ...]:
-        """The file's rates.
+    def check(self) -> None:
+        if self.rates is not None:
+            require(self, "file", self.file is None, "None where rates are given")
+            object.__setattr__(self, "rates", _rates(self, "rates", self.rates))
+
+    def values(self) -> tuple[float, ...]:
+        """The rates, read from the file where there is one.
 
         Raises:
-            ConfigError: no such file, or not a list of falling rates.
+            ConfigError: neither given, no such file, or not a list of falling rates.
         """
+        if self.rates is not None:
+            return tuple(self.rates)
         try:
-            found = json.loads(Path(self.file).read_text())["rates"]
+            found = json.loads(Path(self.file or "").read_text())["rates"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"LayerRates(file={self.file!r}): must be JSON with a list 'rates' ({error})"
@@ -187,11 +196,9 @@ class LayerRates(LayerMethod):
         return _rates(self, "file", found)
 
     def stages(self, depth: int) -> Stages:
-        rates = self.rates()
+        rates = self.values()
         if len(rates) != depth:
-            raise ScheduleError(
-                f"{self.file} has rates for {len(rates)} layers, the model has {depth}"
-            )
+            raise ScheduleError(f"layer_rates: {len(rates)} rates for a model of {depth} layers")
         return _checked(self.name, dict(enumerate(rates)), depth)
 
 

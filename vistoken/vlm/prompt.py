@@ -67,11 +67,18 @@ def prepare(model: nn.Module, inputs: dict[str, Any]) -> Prepared:
 
     Raises:
         ConfigError: placeholders and images do not match, or `input_ids` are missing.
-        UnsupportedMethodError: videos, or features that were encoded without scores.
+        UnsupportedMethodError: videos, features that were encoded without scores, or a method
+            that drops tokens inside the language model.
         UnsupportedBackboneError: no vision-language model of a known family.
     """
     attachment = model.__dict__.get("_vistoken")
-    host = attachment.host if attachment is not None else find_language(model)
+    host = getattr(attachment, "host", None)
+    host = host if isinstance(host, LanguageHost) else find_language(model)
+    if attachment is not None and getattr(attachment, "decoder", None) is not None:
+        raise UnsupportedMethodError(
+            f"{attachment.method.to_string()} drops tokens inside the language model; only "
+            "methods that cut the prompt before it can be prepared"
+        )
     positions: Positions = getattr(attachment, "positions", "compact")
     return shorten_prompt(host, inputs, positions, getattr(attachment, "reduces", False))
 
