@@ -6,27 +6,34 @@ Baselines: plain `generate`, and transformers' static cache with its own compile
 """
 
 import argparse
+import gc
 import logging
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from decode_kernels import MATRICES, VECTORS
 
 from vistoken.cli.bench_vlm import describe, make_inputs, make_model, make_parser
 from vistoken.eval.record import make_record, write_json
+from vistoken.kernels.decode_linear import tiles
 from vistoken.vlm.accelerate import accelerate
+from vistoken.vlm.decode_layers import Plan, find_parts
+from vistoken.vlm.decode_plan import Stopwatch
 from vistoken.vlm.timing import Case, measure_row
 
 REDUCED = "hired:budget=0.2"
 ROWS = [
     # batch, mode, method
-    (1, "graph", REDUCED), (1, "graph", None), (8, "graph", REDUCED), (1, "profile", REDUCED),
-    (8, "graph", None), (1, "eager", None), (1, "modules", REDUCED), (1, "eager", REDUCED),
-    (8, "profile", REDUCED), (8, "eager", REDUCED), (8, "eager", None), (1, "static", None),
-    (8, "static", None),
+    (1, "graph", REDUCED), (1, "graph", None), (8, "graph", REDUCED), (1, "eager", None),
+    (1, "profile", REDUCED), (1, "tiles", None), (8, "graph", None), (8, "tiles", None),
+    (1, "modules", REDUCED), (1, "eager", REDUCED), (8, "eager", REDUCED), (8, "eager", None),
+    (8, "profile", REDUCED), (1, "static", None), (8, "static", None),
 ]  # fmt: skip
+TILE_SECONDS = 14
 SAFE = [(1, "modules", REDUCED), (1, "eager", None), (1, "modules", None), (8, "modules", REDUCED)]
 
 
@@ -43,6 +50,21 @@ def profile(model, inputs, new_tokens):
     table = trace.key_averages().table(sort_by="self_cuda_time_total", row_limit=24)
     for line in table.splitlines():
         print(line[:70], line[-70:])
+
+
+def explore(model, batch):
+    """Times of many more tiles than the tuner tries, one product at a time; they are logged."""
+    end = time.monotonic() + TILE_SECONDS
+    parts = find_parts(model)
+    plain, gate = tiles(batch, False)[0], tiles(batch, True)[0]
+    start = Plan(plain, plain, gate, plain, early=True)
+    clock = Stopwatch(parts, batch)
+    clock(start)
+    clock(replace(start, early=False))
+    for tile in VECTORS if batch == 1 else MATRICES:
+        for name in ("back", "gate", "qkv"):
+            if time.monotonic() < end:
+                clock(replace(start, **{name: tile}))
 
 
 def main():
@@ -74,9 +96,13 @@ def main():
         torch.manual_seed(0)
         try:
             inputs, images = make_inputs(model, batch, options.words)
-            if mode == "profile":
-                if cuda:
+            if mode in ("profile", "tiles"):
+                if cuda and mode == "profile":
                     profile(model, inputs, given.new_tokens)
+                elif cuda:
+                    explore(model, batch)
+                gc.collect()
+                torch.cuda.empty_cache()
                 continue
             case = Case(batch, mode, method, 0, given.new_tokens, given.row_seconds)
             row = {

@@ -68,8 +68,7 @@ class Replay:
     """A function that runs on fixed buffers: recorded once on CUDA, called as it is elsewhere."""
 
     def __init__(self, run: Callable[[], None], warm: Callable[[], None], pool: Any) -> None:
-        self._run: Callable[[], None] = run
-        self._graph: Any = None
+        self._call = run
         if pool is None:
             return
         stream = torch.cuda.Stream()
@@ -80,13 +79,11 @@ class Replay:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             run()
-        self._graph = graph
+        # The function is let go: it holds the buffers' owner, which holds this.
+        self._call = graph.replay
 
     def __call__(self) -> None:
-        if self._graph is None:
-            self._run()
-        else:
-            self._graph.replay()
+        self._call()
 
 
 @dataclass
