@@ -64,9 +64,7 @@ def test_counts_and_survival_are_those_of_a_loop_over_candidates(granularity: in
             assert int(rates.counts[place, kind]) == expected
             assert float(plan.masks[place, kind].detach().sum()) == expected
             for rank in range(SMALL.tokens):
-                chance = sum(
-                    float(q) for k, q in zip(candidates, row, strict=True) if k + 1 > rank
-                )
+                chance = sum(float(q) for k, q in zip(candidates, row, strict=True) if k + 1 > rank)
                 got = float(survival[place, kind, rank])
                 assert got == pytest.approx(chance if rank else 1.0, abs=1e-5)
 
@@ -91,7 +89,9 @@ def test_gradients_of_counts_and_masks_are_the_closed_forms() -> None:
         up, down = rates.logits.detach().clone(), rates.logits.detach().clone()
         up[place] += step
         down[place] -= step
-        assert float(grad[place]) == pytest.approx(float(soft(up) - soft(down)) / step / 2, rel=1e-4)
+        assert float(grad[place]) == pytest.approx(
+            float(soft(up) - soft(down)) / step / 2, rel=1e-4
+        )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -328,7 +328,10 @@ def test_who_has_no_partner_is_its_own() -> None:
 # The simulation -----------------------------------------------------------------------------------
 
 MODELS = {
-    "deit": ("deit_tiny_patch16_224", {"img_size": 80, "depth": 4, "embed_dim": 96, "num_heads": 3}),
+    "deit": (
+        "deit_tiny_patch16_224",
+        {"img_size": 80, "depth": 4, "embed_dim": 96, "num_heads": 3},
+    ),
     "distilled": ("deit_tiny_distilled_patch16_224", {"img_size": 64, "depth": 4}),
     "mae": (
         "vit_base_patch16_224",
@@ -458,9 +461,9 @@ def test_features_round_trip_and_are_checked(tmp_path) -> None:
     method = vistoken.parse(text)
     images = images_for(model)
     a = vistoken.wrap(twin(model), method)(images)
-    b = vistoken.wrap(
-        twin(model), DiffRate(schedule=schedule, features=matching.features())
-    )(images)
+    b = vistoken.wrap(twin(model), DiffRate(schedule=schedule, features=matching.features()))(
+        images
+    )
     c = vistoken.wrap(twin(model), DiffRate(schedule=schedule))(images)
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert str(tmp_path / "f.safetensors") in method.to_string()
