@@ -118,9 +118,9 @@ def _decode_attention(
 
 
 def splits_of(pairs: int, capacity: int) -> int:
-    """Shares per key head, a power of two: enough programs, and none without a block of keys."""
-    wanted = min(MAX_SPLITS, PROGRAMS // pairs, capacity // BLOCK)
-    return 1 << max(0, wanted.bit_length() - 1)
+    """Shares per key head, a power of two: enough programs, few without a block of keys."""
+    wanted = min(MAX_SPLITS, PROGRAMS // pairs, triton.cdiv(capacity, BLOCK))
+    return 1 << max(0, wanted - 1).bit_length()
 
 
 def decode_attention_triton(

@@ -128,3 +128,10 @@ def test_attention_reads_real_keys_only(case, kind):
         assert torch.equal(keys[b, :, n + 1 :].isnan(), before[b, :, n + 1 :].isnan()) or (
             kind == "reference"
         )
+
+
+def test_keys_are_split_until_the_gpu_is_full():
+    from vistoken.kernels.triton_decode_attention import splits_of
+
+    assert [splits_of(32, n) for n in (64, 128, 704, 3000)] == [1, 2, 16, 16]
+    assert [splits_of(pairs, 3000) for pairs in (1, 64, 256, 512, 4096)] == [16, 8, 2, 1, 1]
