@@ -209,6 +209,13 @@ def test_wrong_models_are_refused(llava):
     llava.eval()
 
 
+def test_a_model_on_two_devices_is_refused():
+    model = make_llava()
+    model.lm_head.to("meta")
+    with pytest.raises(UnsupportedBackboneError, match="cpu, meta"):
+        vistoken.accelerate(model)
+
+
 def test_a_sliding_window_must_hold_everything():
     fits, short = make_llava_next(sliding_window=300), make_llava_next(sliding_window=130)
     inputs = batch_of(fits, [4])

@@ -116,6 +116,11 @@ def find_parts(model: Any) -> Parts:
             f"attention '{config._attn_implementation}' cannot run over a static cache; load the "
             "model with attn_implementation='sdpa'"
         )
+    devices = {str(weight.device) for weight in model.parameters()}
+    if len(devices) > 1 or "meta" in devices:
+        raise UnsupportedBackboneError(
+            f"the model lies on {', '.join(sorted(devices))}; accelerate needs it on one device"
+        )
     return Parts(model, decoder, head, config)
 
 
