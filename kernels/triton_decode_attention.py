@@ -119,7 +119,7 @@ def _decode_attention(
 
 def splits_of(pairs: int, capacity: int) -> int:
     """Shares per key head, a power of two: enough programs, few without a block of keys."""
-    wanted = min(MAX_SPLITS, PROGRAMS // pairs, triton.cdiv(capacity, BLOCK))
+    wanted = min(MAX_SPLITS, PROGRAMS // pairs, -(-capacity // BLOCK))
     return 1 << max(0, wanted - 1).bit_length()
 
 

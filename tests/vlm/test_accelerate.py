@@ -8,7 +8,12 @@ pytest.importorskip("transformers")
 from decode_models import IMAGE, PAD, batch_of, make_llava, make_llava_next, make_onevision
 
 import vistoken
-from vistoken.errors import BackendUnavailableError, ConfigError, UnsupportedBackboneError
+from vistoken.errors import (
+    BackendUnavailableError,
+    ConfigError,
+    UnsupportedBackboneError,
+    UnsupportedMethodError,
+)
 from vistoken.vlm import decode, decode_plan
 from vistoken.vlm.accelerate import left_aligned, read_sampling
 from vistoken.vlm.decode import Sampling, cut
@@ -207,6 +212,18 @@ def test_wrong_models_are_refused(llava):
     with pytest.raises(BackendUnavailableError, match="eval"):
         vistoken.accelerate(llava)
     llava.eval()
+
+
+def test_methods_inside_the_language_model_are_refused():
+    model = make_llava()
+    with pytest.raises(UnsupportedMethodError, match="fastv drops tokens inside"):
+        vistoken.accelerate(model, "fastv:budget=0.5,layer=1")
+    fast = vistoken.accelerate(model, max_new_tokens=2)
+    vistoken.wrap(model, "fastv:budget=0.5,layer=1")
+    with pytest.raises(UnsupportedMethodError, match="fastv drops tokens inside"):
+        fast.generate(**batch_of(model, [4]))
+    vistoken.unwrap(model)
+    assert fast.generate(**batch_of(model, [4])).shape[1] == 4 + 16 + 2 + 2
 
 
 def test_a_model_on_two_devices_is_refused():

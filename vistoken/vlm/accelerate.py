@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vistoken.errors import BackendUnavailableError, ConfigError
+from vistoken.api import KEY, wrap
+from vistoken.errors import BackendUnavailableError, ConfigError, UnsupportedMethodError
+from vistoken.methods import parse
 from vistoken.vlm.decode import Decoder, Sampling, round_up
 from vistoken.vlm.decode_layers import Parts, Plan, find_parts
 from vistoken.vlm.decode_plan import choose_plan
+from vistoken.vlm.inside import LayerMethod
 from vistoken.vlm.prompt import prepare
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -89,7 +92,10 @@ class Accelerated:
 
         Raises:
             ConfigError: a generation setting that this path does not carry.
+            UnsupportedMethodError: the model is wrapped with a method that drops tokens inside the
+                language model.
         """
+        check_method(getattr(self.model.__dict__.get(KEY), "method", None))
         count = self._count(max_new_tokens)
         sampling = read_sampling(self.model.generation_config, inputs)
         ids = inputs.get("input_ids")
@@ -176,13 +182,23 @@ def accelerate(
         UnsupportedBackboneError: no language model that can be carried.
         BackendUnavailableError: the model is in training mode, or graphs without CUDA.
         ConfigError: a wrong setting.
+        UnsupportedMethodError: a method that drops tokens inside the language model.
     """
     fast = Accelerated(model, max_new_tokens, graphs, fuse)
     if method is not None:
-        from vistoken.api import wrap
-
+        method = parse(method) if isinstance(method, str) else method
+        check_method(method)
         wrap(model, method)
     return fast
+
+
+def check_method(method: Any) -> None:
+    """Raise `UnsupportedMethodError` for methods that leave layers with caches of their own."""
+    if isinstance(method, LayerMethod) and not method.idle:
+        raise UnsupportedMethodError(
+            f"{method.name} drops tokens inside the language model, whose layers then differ in "
+            "length; accelerate carries methods that cut before it; use model.generate"
+        )
 
 
 def read_sampling(config: Any, inputs: dict[str, Any]) -> Sampling:
