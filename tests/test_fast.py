@@ -206,3 +206,112 @@ def test_other_patch_embeddings_keep_their_own_forward(change):
     model.patch_embed.proj = kind(3, 64, **settings)
     vistoken.wrap(model, "tome:r=0")
     assert "forward" not in model.patch_embed.proj.__dict__
+
+
+def same_as_bypass(model, x):
+    """The model's output with the chain, and with the chain switched off."""
+    with torch.no_grad():
+        chain = model(x)
+        attachment_of(model).fused, keep = "switched off", attachment_of(model).fused
+        own = model(x)
+        attachment_of(model).fused = keep
+    torch.testing.assert_close(chain, own, rtol=1e-3, atol=1e-3)
+
+
+class Plus(torch.nn.Module):
+    def forward(self, x):
+        return x + 0.5
+
+
+@pytest.mark.parametrize("warm", [True, False])
+@pytest.mark.parametrize(
+    "path", ["2.norm1", "0.norm1", "1.attn.proj_drop", "1.mlp.drop2", "1.drop_path1", "0.mlp.fc1"]
+)
+def test_an_exchanged_layer_counts(chain, path, warm):
+    model, x = vistoken.wrap(build(), "tome:r=3"), torch.randn(2, 3, 64, 64)
+    if warm:
+        with torch.no_grad():
+            model(x)
+    owner, _, name = path.rpartition(".")
+    owner = model.blocks.get_submodule(owner)
+    own = getattr(owner, name)
+    setattr(owner, name, torch.nn.Sequential(own, Plus()))
+    same_as_bypass(model, x)
+
+
+@pytest.mark.parametrize("path", ["1.attn.proj_drop", "2.norm1", "1.mlp"])
+def test_a_hook_or_a_forward_of_the_user_counts(chain, path):
+    model, x = vistoken.wrap(build(), "tome:r=3"), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        model(x)
+    part = model.blocks.get_submodule(path)
+    handle = part.register_forward_hook(lambda module, args, out: out + 1)
+    same_as_bypass(model, x)
+    handle.remove()
+    part.forward = lambda x: 2 * type(part).forward(part, x)
+    same_as_bypass(model, x)
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_an_output_edited_in_place_is_normed_anew(chain, inference):
+    model, x = vistoken.wrap(build(), "tome:r=3"), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        plain = model(x)
+
+    def edit(module, args, out):
+        out.add_(torch.linspace(-1, 1, out.shape[-1]))  # a norm does not take this off again
+
+    model.blocks[0].register_forward_hook(edit)
+    with torch.inference_mode(inference):
+        same_as_bypass(model, x)
+    with torch.no_grad():
+        assert not torch.allclose(model(x), plain, atol=1e-2)
+
+
+def test_a_forward_of_the_users_own_stays(chain):
+    model, x = build(), torch.randn(2, 3, 64, 64)
+    block, conv = model.blocks[1], model.patch_embed.proj
+    block.forward = lambda x, **kwargs: 1.5 * type(block).forward(block, x, **kwargs)
+    conv.forward = lambda x: 0.5 * type(conv).forward(conv, x)
+    kept = (block.forward, conv.forward)
+    with torch.no_grad():
+        own = model(x)
+        vistoken.wrap(model, "tome:r=0")
+        torch.testing.assert_close(model(x), own)
+        assert "forward of its own" in vistoken.info(model).execution
+        vistoken.unwrap(model)
+    assert (block.forward, conv.forward) == kept
+
+
+def test_the_self_check_disturbs_nobody_and_waits_for_an_intact_block(chain):
+    model, x = vistoken.wrap(build(), "tome:r=3"), torch.randn(3, 3, 64, 64)
+    seen = []
+    handle = model.blocks[0].mlp.fc1.register_forward_hook(lambda m, a, out: seen.append(len(out)))
+    with torch.no_grad():
+        model(x)
+        assert seen == [3] and not attachment_of(model).checked
+        handle.remove()
+        model(x)
+    assert list(attachment_of(model).checked.values()) == [None]
+
+
+def test_a_wrong_attention_kernel_is_noticed(chain, monkeypatch):
+    import vistoken.kernels.triton_biased_attention as module
+
+    own = module.biased_attention_triton
+
+    def wrong(*args, **kwargs):
+        out, row = own(*args, **kwargs)
+        return out * 1.1, row
+
+    monkeypatch.setattr(module, "biased_attention_triton", wrong)
+    model, x = vistoken.wrap(build(), "tome:r=3"), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        model(x)
+    assert "is off by" in attachment_of(model).checked[(x.device, x.dtype)]
+
+
+def test_an_empty_batch(chain):
+    model = vistoken.wrap(build(), "tome:r=0")
+    with torch.no_grad():
+        assert model(torch.randn(0, 3, 64, 64)).shape == (0, 7)

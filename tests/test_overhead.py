@@ -72,7 +72,7 @@ def test_copies_look_at_their_own_parts(chain, twin_of):
     model, x = build(), torch.randn(2, 3, 64, 64)
     blocks_on_the_chain(model, x)
     twin = twin_of(model)
-    assert twin.blocks[0].__dict__["forward"].seen is None
+    assert twin.blocks[0].__dict__["forward"].watch.seen is None
     twin.blocks[0].mlp.fc1.register_forward_hook(lambda *_: None)
     assert blocks_on_the_chain(twin, x) == [1, 2]
     assert blocks_on_the_chain(model, x) == [0, 1, 2]

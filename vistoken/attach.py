@@ -71,7 +71,7 @@ class Attachment:
         self.whole: int | None = None
         self.inert = False
         self.fused: bool | str = False
-        self.checked: set[tuple[torch.device, torch.dtype]] = set()
+        self.checked: dict[tuple[torch.device, torch.dtype], str | None] = {}
         self.tracer: Any = None
         self.current: tuple[Step, ...] = self.steps[shape.grid]
 

@@ -21,61 +21,17 @@ from torch import Tensor, nn
 
 from vistoken import patches
 from vistoken.attach import Attachment
-from vistoken.kernels.biased_attention import biased_attention
+from vistoken.kernels.biased_attention import biased_attention, biased_attention_reference
 from vistoken.kernels.chain import Slots, add_reduce_norm
 from vistoken.kernels.dispatch import use_triton, why_not_triton
 from vistoken.methods.base import Need
 from vistoken.methods.sparse import SparseAttention
-from vistoken.spec import class_path, lookup
+from vistoken.parts import Watch, is_watched, why_not
 from vistoken.state import Frame, TokenState
 from vistoken.tap import gather_signals
 
-BLOCK = "timm.models.vision_transformer.Block"
-PARTS = {
-    "norm1": ("torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm"),
-    "attn": ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention"),
-    "attn.qkv": ("torch.nn.modules.linear.Linear",),
-    "attn.proj": ("torch.nn.modules.linear.Linear",),
-    "norm2": ("torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm"),
-    "mlp": ("timm.layers.mlp.Mlp",),
-    "mlp.fc1": ("torch.nn.modules.linear.Linear",),
-    "mlp.fc2": ("torch.nn.modules.linear.Linear",),
-    "mlp.act": ("torch.nn.modules.activation.GELU", "timm.layers.activations.GELU"),
-    **dict.fromkeys(
-        ("attn.q_norm", "attn.k_norm", "attn.norm", "mlp.norm"),
-        ("torch.nn.modules.linear.Identity",),
-    ),
-    **dict.fromkeys(
-        ("ls1", "ls2"),
-        ("torch.nn.modules.linear.Identity", "timm.layers.layer_scale.LayerScale"),
-    ),
-}
-"""Classes that the chain reproduces, by module path in a block."""
-
 TOLERANCE = 2e-2
 """Relative error to the block's own forward that bf16 and fp16 rounding explains."""
-
-
-def why_not(block: Any) -> str | None:
-    """The reason why a block is not one that the chain reproduces, or None."""
-    if class_path(type(block)) != BLOCK:
-        return f"its blocks are {class_path(type(block))}"
-    for path, allowed in PARTS.items():
-        try:
-            part = block.get_submodule(path)
-        except AttributeError:
-            if path in ("attn.norm", "ls1", "ls2"):
-                continue
-            return f"a block has no module '{path}'"
-        if class_path(type(part)) not in allowed:
-            return f"'{path}' of a block is {class_path(type(part))}"
-    if any(norm.weight is None or norm.bias is None for norm in (block.norm1, block.norm2)):
-        return "its norms have no weight and bias"
-    if getattr(block.attn, "gate", None) is not None:
-        return "its attention is gated"
-    if getattr(block.mlp.act, "approximate", "none") != "none":
-        return "its GELU is approximate already"
-    return None
 
 
 class FusedBlock:
@@ -89,12 +45,7 @@ class FusedBlock:
     def __init__(self, attachment: Attachment, block: int) -> None:
         self.attachment = attachment
         self.block = block
-        self.seen: tuple[list[Any], list[int]] | None = None
-        self.places: list[tuple[dict[str, Any], str]] = []
-        self.untouched = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "seen": None, "places": []}
+        self.watch = Watch()
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -120,29 +71,28 @@ class FusedBlock:
             return False
         if self.attachment.fused is not True or not runs_fused(x):
             return False
+        return self.watch.intact(self.owner) and self.checked(x)
+
+    def checked(self, x: Tensor) -> bool:
+        """Whether the chain agreed with the model's own first block on tensors like x."""
         kind = (x.device, x.dtype)
-        if kind not in self.attachment.checked:
-            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        verdicts = self.attachment.checked
+        if kind not in verdicts:
+            first: Any = self.attachment.blocks[0]
+            capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+            if capturing or first.training or not first.__dict__["forward"].watch.intact(first):
                 return False
-            self.attachment.checked.add(kind)
-            if not agrees(self.attachment, x):
-                return False
-        return self.intact()
+            verdicts[kind] = disagreement(self.attachment, x)
+        return verdicts[kind] is None
 
-    def intact(self) -> bool:
-        """Whether the block's parts are of the known kind and carry no foreign hook.
-
-        Layers can be exchanged and hooks added after wrap, so this looks at every call; the
-        inspection itself is repeated only where something changed.
-        """
-        parts = [modules.get(name) for modules, name in self.places]
-        seen = (parts, _hook_ids(parts))
-        if seen != self.seen or not parts:
-            self.places = [_place(self.owner, path) for path in PARTS]
-            parts = [modules.get(name) for modules, name in self.places]
-            self.seen = (parts, _hook_ids(parts))
-            self.untouched = why_not(self.owner) is None and not any(map(_is_watched, parts))
-        return self.untouched
+    def norms_for(self, x: Tensor) -> bool:
+        """Whether the block before may make this block's first norm of x, which it hands over."""
+        owner = self.owner
+        weight = owner.norm1.weight if self.watch.intact(owner) else None
+        if weight is None or (weight.device, weight.dtype) != (x.device, x.dtype):
+            return False
+        # FSDP frees the weights of blocks that do not run yet.
+        return weight.untyped_storage().size() > 0 and not (x.is_inference() and is_watched(owner))
 
     def run(self, x: Tensor) -> Tensor:
         """The chain on x `[B, N, C]`; leaves the frame as the bypass would."""
@@ -155,7 +105,7 @@ class FusedBlock:
         sized = attachment.proportional and state.size is not None
         size = state.size if sized else None
 
-        if frame.normed is not None and frame.normed[0] is x:
+        if frame.normed is not None and frame.normed[0] is x and frame.normed[2] == version(x):
             h = frame.normed[1]
         else:
             h = F.layer_norm(x, x.shape[-1:], *norm_of(owner.norm1))
@@ -232,13 +182,14 @@ class FusedBlock:
         following = self.block + 1
         cut = attachment.method.where == "block" and not attachment.current[self.block].idle
         if following == len(attachment.blocks) or cut:
-            return (
-                torch.add(short, branch) if gamma is None else torch.addcmul(short, branch, gamma)
-            )
+            return plus(short, branch, gamma)
         after: Any = attachment.blocks[following]
-        norm = norm_of(after.norm1)
-        x, h, _ = add_reduce_norm(short, branch, gamma, None, None, norm)
-        frame.normed = (x, h)
+        chain = after.__dict__.get("forward")
+        listened = short.is_inference() and is_watched(self.owner)
+        if listened or not isinstance(chain, FusedBlock) or not chain.norms_for(short):
+            return plus(short, branch, gamma)
+        x, h, _ = add_reduce_norm(short, branch, gamma, None, None, norm_of(after.norm1))
+        frame.normed = (x, h, version(x))
         return x
 
 
@@ -246,7 +197,8 @@ def split_heads(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values `[B, H, N, d]` of normed tokens h `[B, N, C]`, views of one."""
     batch, tokens, _ = h.shape
     qkv = F.linear(h, attn.qkv.weight, attn.qkv.bias)
-    q, k, v = qkv.view(batch, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    shape = (batch, tokens, 3, attn.num_heads, qkv.shape[-1] // (3 * attn.num_heads))
+    q, k, v = qkv.view(shape).permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
 
 
@@ -272,6 +224,11 @@ def attend(
     return out.transpose(1, 2).flatten(2), signals
 
 
+def version(x: Tensor) -> int:
+    """How often x was written to in place; tensors of inference mode do not count it."""
+    return 0 if x.is_inference() else x._version
+
+
 def plus(x: Tensor, branch: Tensor | None, gamma: Tensor | None) -> Tensor:
     """`x + gamma * branch` as far as they are there."""
     if branch is None:
@@ -282,8 +239,8 @@ def plus(x: Tensor, branch: Tensor | None, gamma: Tensor | None) -> Tensor:
 def gelu_linear(h: Tensor, layer: nn.Linear) -> Tensor:
     """`gelu(linear(h))`, in the matrix product's epilogue where there is one.
 
-    The epilogue uses the tanh form, which differs from the exact one by less than 5e-4: below the
-    rounding of bf16 activations.
+    The epilogue uses the tanh form, which differs from the exact one by less than 5e-4: small
+    beside activations of order one, but more than rounding where the result is near zero.
     """
     if h.is_cuda and layer.bias is not None:
         flat = h.reshape(-1, h.shape[-1])
@@ -307,33 +264,7 @@ def runs_fused(x: Tensor) -> bool:
     """Whether tensors like x take the chain."""
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
         return False
-    return use_triton(x)
-
-
-def _place(owner: nn.Module, path: str) -> tuple[dict[str, Any], str]:
-    """Where a module of a block is kept: the parent's table of modules, and the name in it."""
-    parent, _, name = path.rpartition(".")
-    found = lookup(owner, parent)
-    return (found._modules if isinstance(found, nn.Module) else {}), name
-
-
-def _hook_ids(parts: list[Any]) -> list[int]:
-    """Numbers of all forward hooks on the modules; torch gives every hook its own."""
-    return [
-        number
-        for part in parts
-        if part is not None
-        for hooks in (part._forward_pre_hooks, part._forward_hooks)
-        for number in hooks
-    ]
-
-
-def _is_watched(part: nn.Module | None) -> bool:
-    """Whether someone else's forward hook sits on a module."""
-    if part is None or not (part._forward_hooks or part._forward_pre_hooks):
-        return False
-    hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
-    return any(type(hook).__module__ != "vistoken.hooks" for hook in hooks)
+    return x.numel() > 0 and use_triton(x)
 
 
 def bind(attachment: Attachment) -> None:
@@ -342,6 +273,8 @@ def bind(attachment: Attachment) -> None:
         attachment.fused = f"{attachment.method.name} replaces attention inside them"
         return
     reasons = [why_not(block) for block in attachment.blocks]
+    if any("forward" in block.__dict__ for block in attachment.blocks):
+        reasons.insert(0, "a block has a forward of its own")
     reason = next((r for r in reasons if r is not None), None)
     attachment.fused = True if reason is None else reason
     if reason is None:
@@ -354,11 +287,12 @@ def describe(attachment: Attachment) -> str:
     """Which implementation inference runs with the model as it is now, and why."""
     weight = next(attachment.host.parameters())
     kernels = why_not_triton(weight.device, weight.dtype)
-    chain = attachment.fused if isinstance(attachment.fused, str) else None
+    chain = attachment.checked.get((weight.device, weight.dtype))
+    chain = attachment.fused if isinstance(attachment.fused, str) else chain
     if kernels is None and chain is None:
         return (
-            "fused Triton chain (the model's own blocks while training, compiling or under "
-            "autocast)"
+            "fused Triton chain, GELU in its tanh form (the model's own blocks while training, "
+            "compiling or under autocast)"
         )
     between = "torch operators" if kernels else "Triton kernels"
     reasons = "; ".join(reason for reason in (kernels, chain) if reason)
@@ -373,10 +307,10 @@ def unbind(attachment: Attachment) -> None:
             del block.__dict__["forward"]
 
 
-def agrees(attachment: Attachment, x: Tensor) -> bool:
-    """Whether the chain and the first block's own forward agree on random tokens like x.
+def disagreement(attachment: Attachment, x: Tensor) -> str | None:
+    """How the chain and the first block's own forward differ on random tokens like x, or None.
 
-    Disagreement switches the chain off for this model; `vistoken.info` then says so.
+    What is found keeps tensors of this kind off the chain; `vistoken.info` then says so.
     """
     owner: Any = attachment.blocks[0]
     chance = torch.Generator(x.device).manual_seed(0)  # the user's random numbers stay untouched
@@ -384,19 +318,23 @@ def agrees(attachment: Attachment, x: Tensor) -> bool:
     tokens = torch.randn(shape, generator=chance, device=x.device, dtype=x.dtype)
     attachment.inert = True
     try:
-        own = type(owner).forward(owner, tokens).float()
+        own = type(owner).forward(owner, tokens)
     finally:
         attachment.inert = False
     h = F.layer_norm(tokens, tokens.shape[-1:], *norm_of(owner.norm1))
-    out, _ = attend(owner.attn, *split_heads(owner.attn, h), None, frozenset(), 0)
+    q, k, v = split_heads(owner.attn, h)
+    size = 1 + 8 * torch.rand(shape[:2], generator=chance, device=x.device)
+    weighed, row = biased_attention(q, k, v, None, owner.attn.scale, 1, size=size)
+    exact, exact_row, _ = biased_attention_reference(q, k, v, size.log(), owner.attn.scale, 1)
+    out, _ = attend(owner.attn, q, k, v, None, frozenset(), 0)
     branch = F.linear(out, owner.attn.proj.weight, owner.attn.proj.bias)
     gamma = layer_scale(owner, "ls1")
     short, h, _ = add_reduce_norm(tokens, branch, gamma, None, None, norm_of(owner.norm2))
     branch = F.linear(gelu_linear(h, owner.mlp.fc1), owner.mlp.fc2.weight, owner.mlp.fc2.bias)
-    gamma = layer_scale(owner, "ls2")
-    chain = plus(short, branch, gamma).float()
-    error = float((chain - own).norm() / own.norm())
-    same = error <= TOLERANCE  # false for NaN too
-    if not same:
-        attachment.fused = f"the fused chain is off by {error:.1e} from the model's own block"
-    return same
+    chain = plus(short, branch, layer_scale(owner, "ls2"))
+    for mine, theirs in ((chain, own), (weighed, exact), (row, exact_row)):
+        assert mine is not None and theirs is not None
+        error = float((mine.double() - theirs.double()).norm() / theirs.double().norm())
+        if not error <= TOLERANCE:  # NaN is none either
+            return f"the fused chain is off by {error:.1e} from the model's own block"
+    return None

@@ -46,6 +46,8 @@ def why_not(conv: Any) -> str | None:
     """The reason why a module is no convolution that unfolding replaces, or None."""
     if class_path(type(conv)) != CONV:
         return f"it is {class_path(type(conv))}"
+    if not isinstance(conv.__dict__.get("forward"), FusedPatches | None):
+        return "it has a forward of its own"
     if conv.stride != conv.kernel_size:
         return f"its stride {conv.stride} is not its kernel {conv.kernel_size}"
     if conv.padding not in ((0, 0), "valid") or conv.dilation != (1, 1) or conv.groups != 1:
@@ -82,6 +84,8 @@ class FusedPatches:
     def usable(self, x: Tensor) -> bool:
         """Whether this very call can be unfolded."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.dim() != 4:
+            return False
+        if x.numel() == 0:
             return False
         conv = self.conv
         if self.attachment.fused is not True or not use_triton(x) or x.dtype != conv.weight.dtype:

@@ -280,7 +280,7 @@ def wrapped_blocks(
     normed = None
     if isinstance(first.__dict__.get("forward"), fast.FusedBlock):
         # In a chain the block before has made the norm already.
-        normed = x, F.layer_norm(x, (width,), *fast.norm_of(first.norm1))
+        normed = x, F.layer_norm(x, (width,), *fast.norm_of(first.norm1)), fast.version(x)
 
     def call(block: int) -> object:
         frame = Frame(state, depth)

@@ -206,7 +206,7 @@ class Frame:
         short: by block, the reduced residual stream while its branch runs.
         out: by block, the finished output that replaces the host's.
         whole: the block whose output goes on to the host on the full grid, or None.
-        normed: a block's output and its norm, made in one pass for the next block.
+        normed: a block's output, its norm made in one pass for the next block, and the version.
     """
 
     def __init__(self, start: TokenState, depth: int, whole: int | None = None) -> None:
@@ -218,7 +218,7 @@ class Frame:
         self.out: list[Tensor | None] = [None] * depth
         self.next: Address | None = None
         self.whole = whole
-        self.normed: tuple[Tensor, Tensor] | None = None
+        self.normed: tuple[Tensor, Tensor, int] | None = None
 
     def state(self, block: int) -> TokenState:
         """The tokens that enter `block`."""
