@@ -315,3 +315,15 @@ def test_an_empty_batch(chain):
     model = vistoken.wrap(build(), "tome:r=0")
     with torch.no_grad():
         assert model(torch.randn(0, 3, 64, 64)).shape == (0, 7)
+
+
+def test_results_of_a_graph_are_copied_in_their_own_structure():
+    from collections import namedtuple
+
+    from vistoken.graphs import _copied
+
+    pair = namedtuple("pair", "a b")  # noqa: PYI024
+    given = {"x": pair(torch.ones(2), [torch.zeros(1), None])}
+    copied = _copied(given)
+    assert isinstance(copied["x"], pair) and copied["x"].b[1] is None
+    assert torch.equal(copied["x"].a, given["x"].a) and copied["x"].a is not given["x"].a

@@ -20,7 +20,9 @@ WARM_UP = 3
 class Graphed:
     """A model whose forward passes are replayed from CUDA graphs, for inference.
 
-    Graphs of all shapes share one memory pool; results are copied out, so they stay valid.
+    Graphs of all shapes share one memory pool; results are copied out, so they stay valid. A graph
+    holds what the model did when it was captured: after `unwrap`, exchanged layers or another
+    autocast, make a new one. Weights changed in place are followed.
 
     Args:
         model: a module in eval mode on a CUDA device; its call takes one tensor.
@@ -33,6 +35,8 @@ class Graphed:
 
     def __call__(self, x: Tensor) -> Any:
         """The model's output for x; the first call with a new shape or dtype captures."""
+        if self.model.training:
+            check(self.model, x)
         key = (
             tuple(x.shape),
             x.dtype,
@@ -42,14 +46,14 @@ class Graphed:
         if key not in self._graphs:
             self._graphs[key] = self._capture(x)
         graph, static, output = self._graphs[key]
-        static.copy_(x)
+        static.copy_(x.detach())
         graph.replay()
         return _copied(output)
 
     def _capture(self, x: Tensor) -> tuple[Any, Tensor, Any]:
         """Warm up, then record one forward pass on a copy of x."""
         check(self.model, x)
-        static = x.clone()
+        static = x.detach().clone()
         stream = torch.cuda.Stream(x.device)
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.no_grad(), torch.cuda.stream(stream):
@@ -102,5 +106,6 @@ def _copied(output: Any) -> Any:
     if isinstance(output, dict):
         return type(output)({name: _copied(part) for name, part in output.items()})
     if isinstance(output, (tuple, list)):
-        return type(output)(_copied(part) for part in output)
+        parts = [_copied(part) for part in output]
+        return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
     return output
