@@ -322,7 +322,7 @@ def test_results_of_a_graph_are_copied_in_their_own_structure():
 
     from vistoken.graphs import _copied
 
-    pair = namedtuple("pair", "a b")  # noqa: PYI024
+    pair = namedtuple("pair", "a b")
     given = {"x": pair(torch.ones(2), [torch.zeros(1), None])}
     copied = _copied(given)
     assert isinstance(copied["x"], pair) and copied["x"].b[1] is None
