@@ -169,7 +169,8 @@ def table_of(shape: ModelShape) -> LatencyTable:
     case = Case("h", "b", 64, 1, 256, shape.depth, 1, shape.tokens, 1, "float32", 2, "cpu",
                 "eager", "diffrate", True, 8)  # fmt: skip
     return LatencyTable(case, shape, "mlp", counts, (1.0, 1.6, 2.5, 3.9), (0.5, 0.9, 1.3, 2.0),
-                        (0.5, 0.7, 1.2, 1.9), (0.1, 0.15, 0.3, 0.2), 20.5, 1.0, 0.8, "x", {}, 0.0)  # fmt: skip
+                        (0.5, 0.7, 1.2, 1.9), (0.1, 0.15, 0.3, 0.2), 20.5, 1.0, 0.8, "x", {},
+                        0.0)  # fmt: skip
 
 
 def test_flops_cost_is_the_published_count() -> None:

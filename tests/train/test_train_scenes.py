@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("lightning")
 pytest.importorskip("jsonargparse")
 
+import vistoken
 from vistoken.cli.train import main
 from vistoken.eval.reference import ReferenceScenes
 from vistoken.eval.scenes import TRAIN_SEED, normalise, render_scenes
@@ -107,3 +108,17 @@ def test_balanced_garments_takes_the_first_of_each_class() -> None:
     images = torch.arange(6).view(6, 1, 1)
     chosen, classes = balanced_garments(images, torch.tensor([1, 0, 1, 1, 0, 0]), per_class=2)
     assert chosen.flatten().tolist() == [0, 1, 2, 4] and classes.tolist() == [1, 0, 1, 0]
+
+
+def test_fine_tuning_under_a_method_trains_and_validates_reduced(root: Path) -> None:
+    options = ["--trainer.max_steps", "2", "--model.method", "tome:r=1"]
+    options += ["--model.layer_decay", "0.8", "--trainer.limit_val_batches", "1"]
+    # In a single block the class token would never meet what was merged.
+    options += ["--model.model_args", str(TINY | {"depth": 2})]
+    model = fit(root, *options, "--trainer.check_val_every_n_epoch", "1").model
+    for net in (model.net, model.ema.module):
+        assert vistoken.info(net).method == "tome:r=1"
+    images = torch.randn(2, 3, 32, 32)
+    reduced = model(images)
+    vistoken.unwrap(model.ema.module)
+    assert not torch.equal(reduced, model(images))

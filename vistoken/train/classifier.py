@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
@@ -13,16 +12,18 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from vistoken.api import wrap
+from vistoken.train.backbone import make_backbone
 from vistoken.train.schedules import cosine_factor, time_progress
 
 Batch = tuple[Tensor, Tensor]
 
 
 class Classifier(LightningModule):  # type: ignore[misc]
-    """Cross-entropy training of a timm classifier.
+    """Cross-entropy training of a timm classifier, whole or under a method at fixed counts.
 
     Args:
-        model_name: Name of a timm architecture; it starts from random weights.
+        model_name: Name of a timm architecture, or `reference` for the embedded model.
         num_classes: Classes to tell apart.
         model_args: Further arguments of `timm.create_model`.
         drop_path: Greatest stochastic-depth rate, in 0..1.
@@ -35,6 +36,10 @@ class Classifier(LightningModule):  # type: ignore[misc]
         ema_decay: Decay of the running average of the weights that validation uses; 0 turns the
             average off.
         compile: Whether to compile the model with `torch.compile` before training.
+        pretrained: Start from timm's weights instead of random ones.
+        checkpoint: Start from local weights.
+        method: Method to train under, such as `diffrate:schedule=schedule.json`; None is none.
+        layer_decay: Factor on the learning rate a layer, from the head down; 1 is off.
     """
 
     def __init__(
@@ -50,12 +55,20 @@ class Classifier(LightningModule):  # type: ignore[misc]
         warmup: float = 0.05,
         ema_decay: float = 0.999,
         compile: bool = False,
+        pretrained: bool = False,
+        checkpoint: str | None = None,
+        method: str | None = None,
+        layer_decay: float = 1.0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.net: nn.Module = timm.create_model(
-            model_name, num_classes=num_classes, drop_path_rate=drop_path, **(model_args or {})
-        )
+        options = {"drop_path_rate": drop_path, **(model_args or {})}
+        if model_name == "reference":
+            options = {}
+        self.net = make_backbone(model_name, pretrained, checkpoint, num_classes, **options)
+        self.net.train()
+        if method is not None:
+            wrap(self.net, method)
         self.ema: ModelEmaV3 | None = None
         if ema_decay > 0:
             self.ema = ModelEmaV3(self.net, decay=ema_decay, use_warmup=True).requires_grad_(False)
@@ -110,6 +123,7 @@ class Classifier(LightningModule):  # type: ignore[misc]
             self.net,
             opt=self.hparams["optimizer"],
             weight_decay=self.hparams["weight_decay"],
+            layer_decay=None if self.hparams["layer_decay"] == 1 else self.hparams["layer_decay"],
             **options,
         )
         total = self.trainer.estimated_stepping_batches

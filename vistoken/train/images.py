@@ -167,8 +167,8 @@ class ImagesData(LightningDataModule):  # type: ignore[misc]
                 f"{len(data)} pictures do not fill one batch of {given['batch_size']} in each of "
                 f"{world} processes"
             )
-        order = EpochOrder(data, world, rank, shuffle=True, seed=given["seed"], drop_last=True)
-        return DataLoader(data, sampler=order, **options)
+        sampler = EpochOrder(data, world, rank, shuffle=True, seed=given["seed"], drop_last=True)
+        return DataLoader(data, sampler=sampler, **options)
 
     def _prepare_stream(self, source: Any) -> None:
         """Tell a stream of timm the epoch, which shuffles it, and the workers that share it."""
