@@ -15,10 +15,10 @@ def text_config(layers=3):
     )  # fmt: skip
 
 
-def clip_config(size=28, layers=4):
+def clip_config(size=28, layers=4, patch=7):
     return t.CLIPVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
-        image_size=size, patch_size=7, projection_dim=32,
+        image_size=size, patch_size=patch, projection_dim=32,
     )  # fmt: skip
 
 
@@ -46,10 +46,11 @@ def llava(layers=3, attention="sdpa"):
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
 
 
-def llava_next(layers=3, attention="sdpa"):
+def llava_next(layers=3, attention="sdpa", size=28, patch=7):
+    points = [[high * size // 28, wide * size // 28] for high, wide in PINPOINTS]
     config = t.LlavaNextConfig(
-        vision_config=clip_config(), text_config=text_config(layers), image_token_id=IMAGE,
-        image_token_index=IMAGE, image_grid_pinpoints=PINPOINTS,
+        vision_config=clip_config(size, patch=patch), text_config=text_config(layers),
+        image_token_id=IMAGE, image_token_index=IMAGE, image_grid_pinpoints=points,
     )  # fmt: skip
     return seeded(
         t.LlavaNextForConditionalGeneration._from_config(config, attn_implementation=attention)

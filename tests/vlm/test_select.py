@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vistoken
 from tests.support import vlm_models as m
@@ -452,3 +453,66 @@ def test_command_line_form_reads_back(name):
     assert vistoken.parse(method.to_string()) == method
     if name in BEFORE:
         assert vistoken.parse(f"{name}:budget=0.35").budget == 0.35
+
+
+REAL = {  # (height, width): crops, raw tokens, map, V, budgets of 40, 20 and 10 %
+    (672, 672): ((2, 2), 2880, (48, 48), 2928, (1152, 576, 288)),
+    (1000, 1000): ((2, 2), 2880, (48, 48), 2928, (1152, 576, 288)),
+    (480, 640): ((2, 2), 2880, (36, 48), 2340, (1152, 576, 288)),
+    (640, 480): ((2, 2), 2880, (48, 36), 2352, (1152, 576, 288)),
+    (1080, 1920): ((2, 2), 2880, (28, 48), 1948, (1152, 576, 288)),
+    (336, 672): ((1, 2), 1728, (24, 48), 1752, (691, 345, 172)),
+    (300, 900): ((1, 3), 2304, (24, 72), 2328, (921, 460, 230)),
+    (900, 300): ((3, 1), 2304, (72, 24), 2376, (921, 460, 230)),
+}
+
+
+@pytest.fixture(scope="module")
+def full_size():
+    return m.llava_next(1, size=336, patch=14)
+
+
+@pytest.mark.parametrize("size", REAL)
+def test_counts_of_the_published_resolution(full_size, size):
+    grid, raw, mosaic, tokens, budgets = REAL[size]
+    layout = layout_of(find_language(full_size), tokens, size, whole=False)
+    assert (layout.grid, layout.raw, layout.mosaic) == (grid, raw, mosaic)
+    assert layout.newlines == mosaic[0]
+    found = tuple(vistoken.HiRED(budget=b).count(layout) for b in (0.4, 0.2, 0.1))
+    assert found == budgets
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision_runs_in_its_own_type(dtype):
+    model = vistoken.wrap(m.llava_next().to(dtype), "hired:budget=0.3")
+    size = (56, 56)
+    ids = [*m.words(3), *[m.IMAGE] * m.packed_length(model, size), *m.words(4, 1)]
+    inputs = {**m.batch([ids]), **m.anyres(model, [size])}
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    assert (
+        model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
+        .pooler_output[0]
+        ._vistoken_reduced.features.dtype
+        == dtype
+    )
+    assert model(**inputs).logits.dtype == dtype
+    assert model.generate(**inputs, max_new_tokens=3).shape[1] == len(ids) + 3
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_selection_never_waits_for_the_device(name):
+    image = made_image((56, 40))
+    rows = {3: image.rows[3]} if name == "globalcom2" else image.rows
+    image, called = Image(image.features, image.layout, 2, rows), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        METHODS[name](budget=0.3).reduce(image)
+    waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique")
+    assert called
+    assert not [op for op in called if any(word in op for word in waits)]

@@ -17,7 +17,7 @@ from vistoken.vlm.cache import short_of, shorten
 from vistoken.vlm.flow import Decoder, make_decoder
 from vistoken.vlm.inside import LayerMethod
 from vistoken.vlm.layout import Layout, layout_of
-from vistoken.vlm.places import user_positions
+from vistoken.vlm.places import by_name, user_positions
 from vistoken.vlm.prompt import LAYERS, SIZES, TAG, Prepared, past_mask, shorten_prompt
 from vistoken.vlm.rows import RowReader
 
@@ -192,8 +192,7 @@ class Enter:
         """The call with the short prompt, or None to leave it alone."""
         attachment = self.attachment
         attachment.pending = None
-        names = list(inspect.signature(module.forward).parameters)
-        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        inputs = by_name(module, args, kwargs)
         if has_images(inputs):
             prepared = shorten_prompt(attachment.host, inputs, attachment.positions, True)
             attachment.pending, attachment.counts = prepared, prepared.images

@@ -74,7 +74,7 @@ def allocate(weights: Tensor, caps: tuple[int, ...], total: int) -> Tensor:
     # Beyond the first part that stays open, the level no longer changes.
     none_open = ~open_.any()
     first = torch.where(none_open, 0, open_.int().argmax())
-    exact = torch.minimum(limit, level[first] * share)
+    exact = torch.minimum(limit, level.gather(0, first[None]) * share)
     exact = torch.where(none_open, limit, exact)
     whole = (exact + 1e-9).floor()
     missing = total - whole.sum()

@@ -20,7 +20,7 @@ from vistoken.models.llava import LanguageHost
 from vistoken.vlm.choose import ranks
 from vistoken.vlm.inside import LayerMethod, Stages
 from vistoken.vlm.last_row import Keep, RowTap, check_decoder, last_place, last_row
-from vistoken.vlm.places import padding_of
+from vistoken.vlm.places import by_name, padding_of
 
 NOTE = "_vistoken_columns"
 """Attribute of a cache: real columns `[B, n]` at its start, by stage; None for all."""
@@ -302,8 +302,7 @@ class Start:
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Prepares the pass; labels wait until the last layer is through."""
-        names = list(inspect.signature(module.forward).parameters)
-        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        inputs = by_name(module, args, kwargs)
         self.decoder.flow = None
         self.decoder.start(inputs)
         flow = self.decoder.flow

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vistoken.errors import ConfigError
 from vistoken.models.llava import LanguageHost
@@ -72,6 +72,13 @@ def find_places(is_image: Tensor, mask: Tensor | None, wholes: list[int]) -> Pla
     text = (real & ~image).sum(1).tolist()
     flat = flat.to(is_image.device, non_blocking=True)
     return Places(flat, tuple(spans), tuple(rows), tuple(text))
+
+
+def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments as keywords; the signature is read only where there are others."""
+    if not args:
+        return dict(kwargs)
+    return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
 
 
 def user_positions(host: LanguageHost, inputs: dict[str, Any], tokens: Tensor) -> Tensor:
