@@ -1,0 +1,111 @@
+"""Regions of a grid, lists of regions, and the routing of bi-level routing attention in torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Sides = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the lists of a routed attention mean."""
+
+    q_size: Sides
+    """Rows and columns of a query region; the last regions of a grid may be ragged."""
+    k_size: Sides
+    pads: bool = False
+    """Ragged regions attend zeros where they leave the grid."""
+    causal: bool = False
+    """One row of tokens; no query attends a later key, counted from the ends of both rows."""
+
+
+def count_regions(grid: Sides, size: Sides) -> Sides:
+    """Regions along each axis."""
+    return -(-grid[0] // size[0]), -(-grid[1] // size[1])
+
+
+def partition(x: Tensor, size: Sides) -> Tensor:
+    """Tokens of a grid `[B, X, Y, H, D]` by region, `[B, H, R, n, D]`; missing ones are zeros."""
+    rows, columns = count_regions((x.shape[1], x.shape[2]), size)
+    bottom, right = rows * size[0] - x.shape[1], columns * size[1] - x.shape[2]
+    if bottom or right:
+        x = F.pad(x, (0, 0, 0, 0, 0, right, 0, bottom))
+    x = x.unflatten(2, (columns, size[1])).unflatten(1, (rows, size[0]))
+    return x.permute(0, 5, 1, 3, 2, 4, 6).flatten(4, 5).flatten(2, 3)
+
+
+def merge(x: Tensor, grid: Sides, size: Sides) -> Tensor:
+    """Inverse of `partition`; what lies outside the grid is dropped."""
+    x = x.unflatten(3, size).unflatten(2, count_regions(grid, size))
+    x = x.permute(0, 2, 4, 3, 5, 1, 6).flatten(3, 4).flatten(1, 2)
+    return x[:, : grid[0], : grid[1]].contiguous()
+
+
+def inside(grid: Sides, size: Sides, device: torch.device) -> Tensor:
+    """Which places of the regions are on the grid, `[R, n]`."""
+    on = torch.ones(1, *grid, 1, 1, dtype=torch.bool, device=device)
+    return partition(on, size)[0, 0, :, :, 0]
+
+
+def valid_lists(index: Tensor, counts: Tensor | None, total: int) -> tuple[Tensor, Tensor]:
+    """Lists `[.., R, K]` with legal entries, and which entries count."""
+    ok = (index >= 0) & (index < total)
+    if counts is not None:
+        ok &= torch.arange(index.shape[-1], device=index.device) < counts[..., None]
+    return index.masked_fill(~ok, 0), ok
+
+
+def inverse_lists(index: Tensor, counts: Tensor | None, total: int) -> tuple[Tensor, Tensor]:
+    """Who lists a region: ids one after the other, and where each region's begin.
+
+    Args:
+        index: `[B, H, R, K]` key regions of each query region.
+        counts: `[B, H, R]` entries that count, or None for all.
+        total: number of key regions.
+
+    Returns:
+        ids `[B, H, R * K]` and starts `[B, H, total + 1]`, both int32; rising ids, so sums over
+        them have one order.
+    """
+    ids, ok = valid_lists(index, counts, total)
+    flat = ids.masked_fill(~ok, total).flatten(2)
+    keys, order = flat.sort(dim=-1, stable=True)
+    edges = torch.arange(total + 1, device=index.device, dtype=keys.dtype)
+    starts = torch.searchsorted(keys, edges.expand(*keys.shape[:2], -1).contiguous())
+    return (order // index.shape[-1]).int(), starts.int()
+
+
+def region_means(x: Tensor, size: Sides) -> Tensor:
+    """Mean of every region's tokens, `[B, X, Y, C]` to float32 `[B, R, C]`; ragged ones have fewer.
+
+    float64 stays float64.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    maps = x.permute(0, 3, 1, 2)
+    if all(n % s == 0 for n, s in zip(maps.shape[2:], size, strict=True)):
+        pooled = F.avg_pool2d(maps, size)
+    else:
+        pooled = F.avg_pool2d(maps, size, ceil_mode=True, count_include_pad=False)
+    return pooled.flatten(2).transpose(1, 2).to(wide)
+
+
+def route(q: Tensor, k: Tensor, size: Sides, topk: int) -> Tensor:
+    """The regions that each region's queries attend: those whose mean key fits their mean query.
+
+    Args:
+        q: queries `[B, X, Y, C]`, all heads side by side.
+        k: keys, like q.
+        size: rows and columns of a region.
+        topk: regions per list; all of them where there are fewer.
+
+    Returns:
+        `[B, R, topk]` int32 without gradient (Zhu et al., CVPR 2023, section 3.2).
+    """
+    with torch.no_grad():
+        scores = region_means(q.detach(), size) @ region_means(k.detach(), size).transpose(1, 2)
+        return scores.topk(min(topk, scores.shape[-1]), dim=-1).indices.int()

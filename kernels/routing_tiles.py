@@ -1,0 +1,97 @@
+"""Tiles of the routed attention kernels: how a program splits its region and walks the lists."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from vistoken.kernels.neighborhood_tiles import Pass
+from vistoken.kernels.routing_regions import Sides
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sides of a program's own tile and of the tiles it walks, each inside one region.
+
+    Attributes:
+        own: rows and columns of the own tile.
+        walk: rows and columns of a walked tile.
+        per: whole regions that one step walks; 0 where a region takes several steps.
+        rows: rows of the block that holds the own tile, a power of two.
+        columns: rows of the block that a step walks.
+        warps: of a program.
+        stages: steps whose loads run ahead.
+    """
+
+    own: Sides
+    walk: Sides
+    per: int
+    rows: int
+    columns: int
+    warps: int = 4
+    stages: int = 3
+
+
+def block(count: int) -> int:
+    """The power of two, 16 at least, that holds so many rows."""
+    return max(16, 1 << (count - 1).bit_length())
+
+
+def split(size: Sides, limit: int) -> Sides:
+    """Equal parts of a region, at most `limit` tokens each, as few as possible."""
+    columns = -(-size[1] // -(-size[1] // limit))
+    rows = min(size[0], limit // columns)
+    return -(-size[0] // -(-size[0] // rows)), columns
+
+
+def parts(size: Sides, tile: Sides) -> Sides:
+    """Tiles of a region along each axis."""
+    return -(-size[0] // tile[0]), -(-size[1] // tile[1])
+
+
+@lru_cache(maxsize=1024)
+def choose(own: Sides, walked: Sides, listed: int, dim: int, bytes_: int, kind: Pass) -> Tile:
+    """The tile of a pass by the work it pads, small enough to stay in registers.
+
+    Args:
+        own: rows and columns of the regions that programs own.
+        walked: rows and columns of the regions that they walk.
+        listed: length of the lists, or its mean.
+        dim: width of a head.
+        bytes_: bytes of an element.
+        kind: which pass.
+    """
+    most = 64 if bytes_ == 2 else 32
+    side = min((most // 2, most), key=lambda limit: _own_cost(own, limit))
+    mine = split(own, side)
+    rows = block(math.prod(mine))
+    # A pass holds two products of its own rows with a step's rows, the gradients of keys and values
+    # two sums more.
+    roomy = dim <= {"forward": 64, "query": 32, "key": 0}[kind]
+    limits = (most // 2, most) if roomy else (most // 2,)
+    walk, per, columns = min(
+        (_walk(walked, listed, limit) for limit in limits),
+        key=lambda found: _walk_cost(walked, *found),
+    )
+    warps = max(1, rows // 16) * (1 if dim <= 64 else 2)
+    return Tile(mine, walk, per, rows, columns, warps, 3 if dim <= 128 else 2)
+
+
+def _own_cost(size: Sides, limit: int) -> int:
+    tile = split(size, limit)
+    return math.prod(parts(size, tile)) * (block(math.prod(tile)) + 16)
+
+
+def _walk(size: Sides, listed: int, limit: int) -> tuple[Sides, int, int]:
+    count = math.prod(size)
+    if count > limit:
+        tile = split(size, limit)
+        return tile, 0, block(math.prod(tile))
+    per = min(limit // count, listed)
+    return size, per, block(per * count)
+
+
+def _walk_cost(size: Sides, tile: Sides, per: int, columns: int) -> float:
+    """Work of one region; a step has a fixed part."""
+    return (columns + 8) * (1 / per if per else math.prod(parts(size, tile)))

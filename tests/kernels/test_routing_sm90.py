@@ -1,0 +1,82 @@
+"""The routed attention kernels compile for an H100 without a GPU and without spilling registers."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+PROGRAM = """
+import os, re, subprocess, tempfile
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+import triton
+from vistoken.kernels import triton_routing as forward
+from vistoken.kernels import triton_routing_backward as backward
+from vistoken.kernels import triton_routing_launch as launch
+
+FLOAT = {"lse_ptr", "delta_ptr", "grad_lse_ptr", "scale", "scale2"}
+WHOLE = {"list_ptr", "count_ptr", "start_ptr"}
+
+
+def build(name, kernel, own, walked, listed, dim, **more):
+    constants = dict(launch.constants_of(own, walked, listed, dim, 2, name)[1], **more)
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    constants = {name: constants[name] for name in kernel.arg_names if name in constants}
+    signature, exact = {}, {}
+    for at, arg in enumerate(kernel.arg_names):
+        type = "fp32" if arg in FLOAT else "i32" if arg in WHOLE or not arg.endswith("_ptr") else (
+            "bf16")
+        signature[arg] = "constexpr" if arg in constants else (
+            "*" + type if arg.endswith("_ptr") else type)
+        if arg.endswith("_ptr") or (arg[0] == "s" and len(arg) == 3):
+            exact[(at,)] = [["tt.divisibility", 16]]
+    values = {(kernel.arg_names.index(k),): v for k, v in constants.items()}
+    source = ASTSource(kernel, signature=signature, constexprs=values, attrs=exact)
+    try:
+        built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    except Exception as error:
+        print("failed", name, own, dim, repr(error)[:300])
+        return
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        tool = get_ptxas(90)
+        tool = os.path.join(os.path.dirname(getattr(tool, "path", tool)), "cuobjdump")
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True,
+                               text=True).stdout
+    registers, stack = (int(re.search(key + r":(\\d+)", usage)[1]) for key in ("REG", "STACK"))
+    word = "built" if built.metadata.shared < 227 * 1024 and stack == 0 else "spills"
+    print(word, name, own, dim, registers, stack, built.metadata.shared)
+
+
+PROBLEMS = [
+    ((8, 8), (8, 8), 1, 32, {}),
+    ((4, 4), (4, 4), 4, 32, {}),
+    ((2, 2), (2, 2), 16, 32, {"PADS": True}),
+    ((13, 21), (13, 21), 1, 32, {"WIDE": True}),
+    ((6, 6), (6, 6), 3, 64, {"EXTRA": 16}),
+    ((1, 128), (1, 64), 8, 128, {"CAUSAL": True, "GROUPED": True, "COUNTED": True}),
+]
+for own, walked, listed, dim, options in PROBLEMS:
+    both = {"COUNTED": False, "PADS": False, "CAUSAL": False, "EXTRA": 0, "GRAD_LSE": False,
+            "GROUPED": False, "WIDE": False, **options}
+    build("forward", forward._forward, own, walked, listed, dim, **both)
+    build("query", backward._query, own, walked, listed, dim, **both)
+    build("key", backward._key, walked, own, listed, dim, **both)
+"""
+
+
+@pytest.mark.slow
+def test_routing_kernels_compile():
+    # A process of its own: under the interpreter's switch a kernel cannot be compiled.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    out = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment
+    )
+    lines = out.stdout.splitlines()
+    assert len(lines) == 18, out.stderr[-3000:]
+    assert all(line.startswith("built") for line in lines), lines
