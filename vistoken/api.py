@@ -311,4 +311,10 @@ def _find_attachment(model: nn.Module) -> tuple[nn.Module, Attachment]:
         found = module.__dict__.get(KEY)
         if isinstance(found, Attachment):
             return module, found
+    hosted = hosted_of(model)
+    if hosted is not None:
+        raise NotWrappedError(
+            f"{hosted[1].method.to_string()} cuts prompts, not the tower's tokens; "
+            "vistoken.info(model) says what it did"
+        )
     raise NotWrappedError(f"{class_path(type(model))} carries no vistoken method")

@@ -407,6 +407,56 @@ def test_what_cannot_work_raises():
     assert not plain.model.vision_tower.encoder.layers[0].self_attn.k_proj._forward_hooks
 
 
+def test_info_says_what_was_cut():
+    model = vistoken.wrap(m.llava_next(), "hired:budget=0.25,newlines=drop")
+    assert "not yet seen" in str(vistoken.info(model))
+    inputs = inputs_of(model, [[(56, 56)], [(28, 56)]])
+    run(model, inputs, max_new_tokens=1)
+    info = vistoken.info(model)
+    assert info.images == ((88, 20), (52, 12))
+    assert str(info) == (
+        "hired:budget=0.25,newlines=drop on LLaVA-NeXT: image tokens 88 -> 20, 52 -> 12"
+    )
+    with pytest.raises(vistoken.NotWrappedError, match="cuts prompts"), vistoken.trace(model):
+        pass
+    vistoken.unwrap(model)
+    with pytest.raises(vistoken.NotWrappedError):
+        vistoken.info(model)
+    vistoken.wrap(model, "fastv:budget=0.5,layer=1")
+    run(model, inputs, max_new_tokens=1)
+    assert vistoken.info(model).images == ((88, 44), (52, 26))
+    with pytest.raises(UnsupportedMethodError, match="inside the language model"):
+        prepare(model, inputs)
+
+
+@torch.no_grad()
+def test_rows_do_not_depend_on_their_order():
+    model = vistoken.wrap(m.llava_next(), "hired:budget=0.3")
+    rows = [[(56, 56)], [(28, 56)]]
+    inputs = inputs_of(model, rows)
+    turned = {name: value.flip(0) for name, value in inputs.items()}
+    assert torch.equal(run(model, inputs)[:, -NEW:], run(model, turned).flip(0)[:, -NEW:])
+
+
+@torch.no_grad()
+def test_positions_in_the_call_are_the_users():
+    model = vistoken.wrap(m.llava_next(), "hired:budget=0.3")
+    inputs = inputs_of(model, [[(56, 56)], [(28, 56)]])
+    plain = model(**inputs, logits_to_keep=1)
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    given = model(**inputs, position_ids=positions, logits_to_keep=1)
+    assert torch.equal(given.logits, plain.logits)
+    assert given.image_hidden_states.shape[0] == sum(
+        len(index) for index, _ in selection(model, inputs)
+    )
+    # A step by hand, without positions: the cache knows where it stands.
+    token = plain.logits.argmax(-1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
+    bare = model(input_ids=token, attention_mask=mask, past_key_values=plain.past_key_values)
+    out = run(model, inputs, max_new_tokens=2)
+    assert torch.equal(bare.logits[:, -1].argmax(-1), out[:, -1])
+
+
 def test_swapped_images_of_equal_total_are_caught():
     model = vistoken.wrap(m.llava_next(), "hired:budget=0.3")
     inputs = inputs_of(model, [[(56, 56), (28, 56)]])

@@ -185,7 +185,7 @@ def test_every_budget_is_met_to_the_token(name, budget, size):
     layout = image.layout
     base = layout.raw if name == "hired" else layout.candidates
     expected = max(1, min(math.floor(budget * base + 1e-9), layout.candidates))
-    for newlines in ("all", "none", "rows"):
+    for newlines in ("all", "drop", "rows"):
         method = METHODS[name](budget=budget, newlines=newlines)
         reduced = method.reduce(image)
         index = reduced.index
@@ -206,7 +206,7 @@ def test_every_budget_is_met_to_the_token(name, budget, size):
 @pytest.mark.parametrize("size", SIZES)
 def test_pooled_tokens_are_window_means(size):
     image = made_image(size)
-    method = METHODS["pool_tokens"](budget=0.4, newlines="none")
+    method = METHODS["pool_tokens"](budget=0.4, newlines="drop")
     reduced = method.reduce(image)
     assert len(reduced.index) == method.kept(image.layout) <= method.count(image.layout)
     rows, columns = image.layout.mosaic
@@ -248,7 +248,7 @@ def test_hired_equals_its_definition(size, alpha):
 def test_hired_paper_rounding_loses_tokens(size):
     image = made_image(size)
     layout = image.layout
-    method = vistoken.HiRED(budget=0.3, budget_policy="paper", newlines="none")
+    method = vistoken.HiRED(budget=0.3, budget_policy="paper", newlines="drop")
     total = int(0.3 * layout.raw + 1e-9)
     first = int(0.5 * total)
     under = regions(layout)
@@ -452,7 +452,8 @@ def test_command_line_form_reads_back(name):
     method = METHODS[name]()
     assert vistoken.parse(method.to_string()) == method
     if name in BEFORE:
-        assert vistoken.parse(f"{name}:budget=0.35").budget == 0.35
+        method = METHODS[name](budget=0.35, newlines="drop", positions="original")
+        assert vistoken.parse(method.to_string()) == method
 
 
 REAL = {  # (height, width): crops, raw tokens, map, V, budgets of 40, 20 and 10 %

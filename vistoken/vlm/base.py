@@ -15,7 +15,7 @@ from vistoken.vlm.choose import index_of
 from vistoken.vlm.layout import Layout
 from vistoken.vlm.rows import Row
 
-Newlines = Literal["all", "rows", "none"]
+Newlines = Literal["all", "rows", "drop"]
 Positions = Literal["compact", "original"]
 Share = Literal["raw", "unpadded", "placeholders"]
 
@@ -95,7 +95,7 @@ class ImageMethod(LanguageMethod):
     Args:
         budget: share of tokens to keep, in (0, 1]; 1 leaves the model exactly as it is.
         newlines: which row ends of a mosaic stay: `all`, those of `rows` with a survivor (their
-            number then depends on the picture), or `none`. They never count against the budget.
+            number then depends on the picture), or `drop`. They never count against the budget.
         positions: `compact` numbers the short prompt anew, `original` keeps every token's place.
             Models with three-axis rotary positions always keep them.
     """
@@ -146,7 +146,7 @@ class ImageMethod(LanguageMethod):
     def places(self, image: Image) -> Tensor:
         """Rising places that stay `[K]`, newlines included."""
         chosen = self.select(image)
-        if image.layout.newlines and self.newlines != "none":
+        if image.layout.newlines and self.newlines != "drop":
             chosen = chosen | row_ends(image.layout, chosen, self.newlines)
         return index_of(chosen, self.kept(image.layout))
 

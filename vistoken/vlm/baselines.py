@@ -69,7 +69,7 @@ class PoolTokens(ImageMethod):
 
     def kept(self, layout: Layout) -> int | None:
         tokens = sum(high * wide for _, _, high, wide in self.windows(layout))
-        ends = {"none": 0, "all": layout.newlines}.get(self.newlines)
+        ends = {"drop": 0, "all": layout.newlines}.get(self.newlines)
         return None if ends is None and layout.newlines else tokens + (ends or 0)
 
     def select(self, image: Image) -> Tensor:
