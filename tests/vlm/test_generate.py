@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from transformers import StaticCache
 from transformers.generation.streamers import BaseStreamer
 
@@ -190,6 +191,20 @@ def test_beams_and_return_sequences_equal_one_by_one():
     drawn = run(model, inputs, do_sample=True, num_return_sequences=3)
     torch.manual_seed(0)
     assert torch.equal(drawn, run(model, inputs, do_sample=True, num_return_sequences=3))
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers.GenerationMixin, "_expand_multimodal_outputs"),
+    reason="this release repeats images without regard to their rows",
+)
+@pytest.mark.parametrize("method", ["hired:budget=0.3", "fastv:budget=0.3,layer=1"])
+@torch.no_grad()
+def test_beams_with_several_images_per_row(method):
+    model = vistoken.wrap(m.llava_next(), method)
+    rows = [[(56, 56)], [(40, 56), (28, 56)]]
+    inputs = inputs_of(model, rows)
+    both = run(model, inputs, num_beams=3)[:, inputs["input_ids"].shape[1] :]
+    assert torch.equal(both, one_by_one(model, rows, num_beams=3))
 
 
 @torch.no_grad()

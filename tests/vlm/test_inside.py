@@ -229,10 +229,12 @@ def test_new_image_in_turn_two_runs_and_drops_again():
     assert more.past_key_values.layers[3].keys.shape[-2] == before + added
 
 
+@pytest.mark.parametrize("pad", ["left", "right"])
+@pytest.mark.parametrize("method", [CASES[0], CASES[2]], ids=lambda c: c.to_string())
 @torch.no_grad()
-def test_labels_give_the_loss_of_what_is_left():
-    model, method = build(), CASES[2]
-    inputs = inputs_of(model, ROWS)
+def test_labels_give_the_loss_of_what_is_left(method, pad):
+    model = build()
+    inputs = inputs_of(model, ROWS, pad)
     labels = inputs["input_ids"].clone()
     labels[(labels == m.IMAGE) | (inputs["attention_mask"] == 0)] = -100
     features, total, count = features_of(model, inputs), 0.0, 0
