@@ -281,6 +281,22 @@ def test_hired_gives_the_budget_to_the_crop_that_is_looked_at():
     assert sum(counts) == 40
 
 
+def test_hired_strips_are_those_of_the_published_code():
+    layout = made_image((56, 56)).layout
+    method = vistoken.HiRED(alpha=0.75, regions="strips")  # marks 4 of 16 patches
+    corner = torch.rand(4, 4) * 0.1
+    corner[:2, :2] += 1
+    assert method.crop_mass(layout, corner.flatten()).tolist() == [2, 2, 0, 0]
+    exact = vistoken.HiRED(alpha=0.75).crop_mass(layout, corner.flatten())
+    assert exact.argmax() == 0
+    assert exact[0] > 10 * exact[1:].max()
+    wide = made_image((28, 56)).layout
+    left = torch.rand(4, 4) * 0.1
+    left[:, :2] += 1
+    halves = vistoken.HiRED(alpha=0.5, regions="strips").crop_mass(wide, left.flatten())
+    assert halves.tolist() == [4, 4]
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_max_min_equals_the_greedy_definition(size):
     image = made_image(size)

@@ -29,7 +29,9 @@ class HiRED(ImageMethod):
         alpha: share of the budget for the thumbnail, in [0, 1].
         first: tower layer that splits the budget.
         last: tower layer that ranks tokens; None is the one whose output the projector reads.
-        regions: `exact` maps thumbnail to crops through the padding, `grid` ignores padding.
+        regions: `exact` maps thumbnail to crops through the padding, `grid` ignores padding;
+            `strips` is what the published code does: it counts the `1 - alpha` most attended
+            patches in equal strips of the raster, whatever lies under a crop.
         budget_policy: `exact` ranks only tokens that survive unpadding and meets the budget to the
             token; `paper` rounds down at every step, and tokens in padding are lost.
     """
@@ -43,7 +45,7 @@ class HiRED(ImageMethod):
     alpha: float = 0.5
     first: int = 0
     last: int | None = None
-    regions: Literal["exact", "grid"] = field(default="exact", kw_only=True)
+    regions: Literal["exact", "grid", "strips"] = field(default="exact", kw_only=True)
     budget_policy: Literal["exact", "paper"] = field(default="exact", kw_only=True)
 
     def check(self) -> None:
@@ -52,7 +54,8 @@ class HiRED(ImageMethod):
         require(self, "first", is_int(self.first) and self.first >= 0, "an integer >= 0")
         ok = self.last is None or (is_int(self.last) and self.last >= 0)
         require(self, "last", ok, "an integer >= 0 or None")
-        require(self, "regions", self.regions in ("exact", "grid"), "exact or grid")
+        known = ("exact", "grid", "strips")
+        require(self, "regions", self.regions in known, f"one of {known}")
         require(self, "budget_policy", self.budget_policy in ("exact", "paper"), "exact or paper")
 
     def layers(self, host: LanguageHost) -> tuple[int, ...]:
@@ -85,9 +88,13 @@ class HiRED(ImageMethod):
 
     def crop_mass(self, layout: Layout, row: Tensor) -> Tensor:
         """Attention `[k]` that falls on the region under every crop, from the row `[N]`."""
+        crops = layout.grid[0] * layout.grid[1]
+        if self.regions == "strips":
+            marks = ranks(row) < int(row.shape[0] * (1 - self.alpha) + 1e-9)
+            return torch.stack([part.sum() for part in marks.tensor_split(crops)]).to(row.dtype)
         under = regions(layout, self.regions == "exact").to(row.device, non_blocking=True)
-        crops = torch.arange(layout.grid[0] * layout.grid[1], device=row.device)
-        return (under == crops[:, None]).to(row.dtype) @ row
+        parts = torch.arange(crops, device=row.device)
+        return (under == parts[:, None]).to(row.dtype) @ row
 
     def select_paper(self, image: Image, scores: Tensor, mass: Tensor) -> Tensor:
         """Rounding down at every step, padding ranked with the rest `[V]`."""
@@ -96,7 +103,11 @@ class HiRED(ImageMethod):
         total = int(self.budget * layout.raw + 1e-9)
         first = min(int(self.alpha * total), tokens)
         rest = min(total - first, tokens * mass.shape[0])
-        budgets = ((total - first) * mass / mass.sum()).floor().clamp(max=min(rest, tokens))
+        budgets = (
+            ((total - first) * mass / mass.sum().clamp(min=1e-12))
+            .floor()
+            .clamp(max=min(rest, tokens))
+        )
         budgets = torch.cat([budgets.new_full((1,), first), budgets])
         kept = ranks(scores) < budgets[:, None]
         assert layout.source is not None
