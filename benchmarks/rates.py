@@ -250,13 +250,14 @@ def bench_learning(given: argparse.Namespace, device: torch.device) -> list[Row]
     """Learn at three budgets, by FLOPs and by milliseconds, and judge on held-out garments."""
     shape = vistoken.api.shape_of(load_reference_model())
     held = HeldOut(given.scenes, given.garments, device)
-    table_file = Path(tempfile.mkdtemp()) / "table.json"
-    model = load_reference_model().to(device, torch.bfloat16 if device.type == "cuda" else None)
-    table = LatencyTable.measure(model, batch=given.speed_batch, method="diffrate")
-    table.save(table_file)
-    print(f"table: dense {table.dense_ms:.3f} ms at batch {given.speed_batch}, "
-          f"{table.seconds:.1f} s; {table.execution}")  # fmt: skip
-    del model
+    table, table_file = None, Path(tempfile.mkdtemp()) / "table.json"
+    if not given.flops_only:
+        model = load_reference_model().to(device, torch.bfloat16 if device.type == "cuda" else None)
+        table = LatencyTable.measure(model, batch=given.speed_batch, method="diffrate")
+        table.save(table_file)
+        print(f"table: dense {table.dense_ms:.3f} ms at batch {given.speed_batch}, "
+              f"{table.seconds:.1f} s; {table.execution}")  # fmt: skip
+        del model
     dense_hits, dense_classes = held.hits(None)
     print(f"dense top-1 {dense_hits.mean():.4f} on {dense_hits.numel()} scenes of "
           f"{len(dense_hits)} garments", flush=True)  # fmt: skip
@@ -274,13 +275,16 @@ def bench_learning(given: argparse.Namespace, device: torch.device) -> list[Row]
             module, steps = learn(label, given.seconds, given.batch, device, given.seed,
                                   target_gflops=wanted, **{**recipe, **change})  # fmt: skip
             methods[label], more[label] = module.method(), steps
-        module, steps = learn(f"milliseconds of {share}", given.seconds, given.batch, device,
-                              given.seed, cost="latency", latency_table=str(table_file),
-                              target_speedup=table.speedup(schedule), **recipe)  # fmt: skip
-        methods["learned by milliseconds"] = module.method()
-        more["learned by milliseconds"] = steps
+        if table is not None:
+            module, steps = learn(f"milliseconds of {share}", given.seconds, given.batch, device,
+                                  given.seed, cost="latency", latency_table=str(table_file),
+                                  target_speedup=table.speedup(schedule), **recipe)  # fmt: skip
+            methods["learned by milliseconds"] = module.method()
+            more["learned by milliseconds"] = steps
         methods |= rivals(shape, schedule.gflops(shape))
-        ms = speed(methods, given.speed_batch, device)
+        ms: dict[str, float | None] = dict.fromkeys(("dense", *methods))
+        if table is not None:
+            ms |= speed(methods, given.speed_batch, device)
         hits = {name: held.hits(method) for name, method in methods.items()}
         for name, method in methods.items():
             own, classes = hits[name]
@@ -292,13 +296,15 @@ def bench_learning(given: argparse.Namespace, device: torch.device) -> list[Row]
                 "agreement": float((classes == dense_classes).double().mean()),
                 "dense_top1": float(dense_hits.mean()), "n": own.numel(), "garments": len(own),
                 "flops_learned_minus_this": gain, "half_interval95": half, "seed": given.seed,
-                "ms": ms[name], "dense_ms": ms["dense"], "speedup": ms["dense"] / ms[name],
-                "per_second": given.speed_batch / ms[name] * 1e3, "batch": given.speed_batch,
-                "predicted_ms": table.predict(plan), "steps": more.get(name),
+                "ms": ms[name], "dense_ms": ms["dense"],
+                "speedup": ms[name] and ms["dense"] / ms[name],
+                "per_second": ms[name] and given.speed_batch / ms[name] * 1e3,
+                "batch": given.speed_batch,
+                "predicted_ms": table and table.predict(plan), "steps": more.get(name),
                 "schedule": plan.to_dict(),
             })  # fmt: skip
             print(f"{share} {name:28} {plan.gflops(shape):.4f} G  top-1 {own.mean():.4f}  "
-                  f"agreement {rows[-1]['agreement']:.4f}  {ms['dense'] / ms[name]:.3f}x  "
+                  f"agreement {rows[-1]['agreement']:.4f}  {rows[-1]['speedup'] or 0:.3f}x  "
                   f"learned - this {gain:+.4f} +- {half:.4f}", flush=True)  # fmt: skip
     return rows
 
@@ -318,6 +324,7 @@ def main() -> None:
     parser.add_argument("--garments", type=int, default=None)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--recipe", default=RECIPE, help="options of RateLearning as JSON")
+    parser.add_argument("--flops_only", action="store_true", help="measure no milliseconds")
     parser.add_argument("--variants", default="{}", help="further recipes as JSON, by name")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args()
