@@ -1,12 +1,18 @@
-"""Which implementation of an operator runs, and why."""
+"""Which implementation of an operator runs, and why; what every launch looks at."""
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, wraps
 from importlib.util import find_spec
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 HALF = (torch.bfloat16, torch.float16)
 """Types of the kernels that multiply matrices; fp32 stays with torch, whose sums are exact."""
@@ -31,6 +37,16 @@ def trains(*inputs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
+def autocasts(kind: str) -> bool:
+    """Whether autocast is active on a type of device; some types, like meta, have none."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def as_given(kind: str) -> AbstractContextManager[object]:
+    """A context in which tensors are computed with in the types that they have."""
+    return torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext()
+
+
 def why_not_triton(
     device: torch.device, dtype: torch.dtype, dtypes: tuple[torch.dtype, ...] = HALF
 ) -> str | None:
@@ -51,6 +67,31 @@ def device_reason(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"the model is on {device.type}"
     return _constant(device.index or 0)
+
+
+def on_device(
+    launch: Callable[Concatenate[Tensor, P], R],
+) -> Callable[Concatenate[Tensor, P], R]:
+    """A launcher that runs on the device of its first tensor, whichever device is current."""
+
+    @wraps(launch)
+    def run(x: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if x.is_cuda and x.device.index != torch.cuda.current_device():
+            with torch.cuda.device(x.device):
+                return launch(x, *args, **kwargs)
+        return launch(x, *args, **kwargs)
+
+    return run
+
+
+def packed(x: Tensor) -> Tensor:
+    """x, copied only where the values of its last axis are not next to each other."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def far_apart(rows: int, *strides: int) -> bool:
+    """Whether the offsets of so many rows need 64 bits."""
+    return rows * max(strides) >= 2**31
 
 
 def _constant(index: int) -> str | None:

@@ -15,11 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vistoken.kernels.dispatch import far_apart, on_device, packed
+
 LOG2E = 1.4426950408889634
 PAD = 64
 """Every block of keys divides this."""
 
 
+@on_device
 def biased_attention_triton(
     q: Tensor,
     k: Tensor,
@@ -36,13 +39,15 @@ def biased_attention_triton(
     `lse` `[B, H, N]` fp32 contiguous, where given, receives every query's log-sum-exp of scores.
     With `sizes` the bias holds token sizes instead of their logarithms.
     """
+    q, k, v = packed(q), packed(k), packed(v)
+    alive = None if alive is None else packed(alive)
     batch, heads, tokens, dim = q.shape
     out = q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
     row = q.new_empty((batch, heads, tokens) if class_tokens else (0,), dtype=torch.float32)
     block_m, block_n, warps, stages, peel = config(tokens, dim)
     if bias is not None:
         bias = padded_log2(bias, sizes)
-    _attention[(triton.cdiv(tokens, block_m), batch * heads)](
+    _attention[(triton.cdiv(tokens, block_m) * batch * heads,)](
         q, k, v, row if bias is None else bias, out, row, row if lse is None else lse,
         row if alive is None else alive,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
@@ -50,6 +55,7 @@ def biased_attention_triton(
         0 if alive is None else alive.stride(0),
         BIASED=bias is not None, CLASS_TOKENS=class_tokens, LSE=lse is not None,
         ALIVE=alive is not None,
+        WIDE=far_apart(tokens, q.stride(2), k.stride(2), v.stride(2), out.stride(2)),
         BLOCK_M=block_m, BLOCK_N=block_n, PEEL=peel, D=dim,
         BLOCK_D=max(16, triton.next_power_of_2(dim)),
         num_warps=warps, num_stages=stages,
@@ -69,7 +75,7 @@ def padded_log2(bias: Tensor, sizes: bool) -> Tensor:
     batch, tokens = bias.shape
     width = triton.cdiv(tokens, PAD) * PAD
     out = torch.empty(batch, width, dtype=torch.float32, device=bias.device)
-    bias = bias if bias.stride(1) == 1 else bias.contiguous()
+    bias = packed(bias)
     _log2[(batch,)](
         bias, out, bias.stride(0), tokens, width,
         SIZES=sizes, BLOCK=max(PAD, triton.next_power_of_2(width)), num_warps=1,
@@ -87,8 +93,10 @@ def _log2(bias_ptr, out_ptr, bias_row, tokens, width, SIZES: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _rows(base, at, step, dims, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _rows(base, at, step, dims, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
     """Rows `at` of a `[N, d]` matrix; padding of d is zero."""
+    if WIDE:
+        at = at.to(tl.int64)
     pointers = base + at[:, None] * step + dims[None, :]
     if D == BLOCK_D:
         return tl.load(pointers)
@@ -99,12 +107,12 @@ def _rows(base, at, step, dims, D: tl.constexpr, BLOCK_D: tl.constexpr):
 def _keys(
     q, acc, total, top, k_base, v_base, bias_base, alive_base, rows, start, skn, svn, dims, tokens,
     scale2, BIASED: tl.constexpr, ALIVE: tl.constexpr, LAST: tl.constexpr, BLOCK_N: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One block of keys of the online softmax; only the LAST ones may run past the end."""
     cols = start + tl.arange(0, BLOCK_N)
     at = tl.minimum(cols, tokens - 1) if LAST else cols
-    k = _rows(k_base, at, skn, dims, D, BLOCK_D)
+    k = _rows(k_base, at, skn, dims, D, BLOCK_D, WIDE)
     score = tl.dot(q, tl.trans(k)) * scale2
     if BIASED:
         score += tl.load(bias_base + cols)[None, :]
@@ -118,7 +126,7 @@ def _keys(
     p = tl.exp2(score - new_top[:, None])
     fade = tl.exp2(top - new_top)
     total = total * fade + tl.sum(p, 1)
-    v = _rows(v_base, at, svn, dims, D, BLOCK_D)
+    v = _rows(v_base, at, svn, dims, D, BLOCK_D, WIDE)
     acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None])
     return acc, total, new_top
 
@@ -129,12 +137,12 @@ def _queries(
     sqn, skn, svn, son, tokens, scale2,
     BIASED: tl.constexpr, CLASS_TOKENS: tl.constexpr, LSE: tl.constexpr, ALIVE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PEEL: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A block of query rows of one head."""
     rows = first + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
-    q = _rows(q_base, tl.minimum(rows, tokens - 1), sqn, dims, D, BLOCK_D)
+    q = _rows(q_base, tl.minimum(rows, tokens - 1), sqn, dims, D, BLOCK_D, WIDE)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -142,20 +150,21 @@ def _queries(
     for start in range(0, whole, BLOCK_N):
         acc, total, top = _keys(
             q, acc, total, top, k_base, v_base, bias_base, alive_base, rows, start, skn, svn, dims,
-            tokens, scale2, BIASED, ALIVE, False, BLOCK_N, D, BLOCK_D,
+            tokens, scale2, BIASED, ALIVE, False, BLOCK_N, D, BLOCK_D, WIDE,
         )  # fmt: skip
     STEP: tl.constexpr = 16 if PEEL else BLOCK_N
     for start in range(whole, tokens, STEP):
         acc, total, top = _keys(
             q, acc, total, top, k_base, v_base, bias_base, alive_base, rows, start, skn, svn, dims,
-            tokens, scale2, BIASED, ALIVE, True, STEP, D, BLOCK_D,
+            tokens, scale2, BIASED, ALIVE, True, STEP, D, BLOCK_D, WIDE,
         )  # fmt: skip
     acc = acc / total[:, None]
     norm = top + tl.log2(total)
     if LSE:
         tl.store(lse_base + rows, norm / 1.4426950408889634, mask=rows < tokens)
+    far = rows.to(tl.int64) if WIDE else rows
     tl.store(
-        out_base + rows[:, None] * son + dims[None, :],
+        out_base + far[:, None] * son + dims[None, :],
         acc.to(out_base.dtype.element_ty), mask=(rows[:, None] < tokens) & (dims[None, :] < D),
     )  # fmt: skip
     if CLASS_TOKENS > 0:  # noqa: SIM102 (a constexpr condition must stand alone)
@@ -163,11 +172,12 @@ def _queries(
             for start in range(0, tokens, BLOCK_N):
                 cols = start + tl.arange(0, BLOCK_N)
                 at = tl.minimum(cols, tokens - 1)
-                k = _rows(k_base, at, skn, dims, D, BLOCK_D).to(tl.float32)
+                k = _rows(k_base, at, skn, dims, D, BLOCK_D, WIDE).to(tl.float32)
                 paid = tl.zeros([BLOCK_N], tl.float32)
+                q_row_ptr = q_base
                 for c in tl.static_range(CLASS_TOKENS):
                     own = tl.sum(tl.where(rows == c, norm, 0.0), 0)
-                    q_row = tl.load(q_base + c * sqn + dims, mask=dims < D, other=0.0)
+                    q_row = tl.load(q_row_ptr + dims, mask=dims < D, other=0.0)
                     score = tl.sum(k * q_row.to(tl.float32)[None, :], 1) * scale2
                     if BIASED:
                         score += tl.load(bias_base + cols)
@@ -175,6 +185,7 @@ def _queries(
                         alive = tl.load(alive_base + cols, mask=cols < tokens, other=0) != 0
                         score = tl.where(alive | (cols == c), score, -1e30)
                     paid += tl.exp2(score - own)
+                    q_row_ptr += sqn
                 tl.store(row_base + cols, paid / CLASS_TOKENS, mask=cols < tokens)
 
 
@@ -185,10 +196,13 @@ def _attention(
     heads, tokens, scale2, bias_row, alive_row,
     BIASED: tl.constexpr, CLASS_TOKENS: tl.constexpr, LSE: tl.constexpr, ALIVE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PEEL: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    first, bh = tl.program_id(0) * BLOCK_M, tl.program_id(1).to(tl.int64)
-    b, h = bh // heads, bh % heads
+    # One axis for all: the others end at 65,535. Neighbors are blocks of one head.
+    blocks = tl.cdiv(tokens, BLOCK_M)
+    first, bh = tl.program_id(0) % blocks * BLOCK_M, tl.program_id(0) // blocks
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    bh = bh.to(tl.int64)
     q_base, out_base = q_ptr + b * sqb + h * sqh, out_ptr + b * sob + h * soh
     k_base, v_base = k_ptr + b * skb + h * skh, v_ptr + b * svb + h * svh
     bias_base, alive_base = bias_ptr + b * bias_row, alive_ptr + b * alive_row
@@ -197,11 +211,11 @@ def _attention(
         _queries(
             first, q_base, k_base, v_base, bias_base, alive_base, out_base, row_base, lse_base,
             sqn, skn, svn, son, tokens, scale2,
-            BIASED, CLASS_TOKENS, LSE, ALIVE, BLOCK_M, BLOCK_N, PEEL, D, BLOCK_D,
+            BIASED, CLASS_TOKENS, LSE, ALIVE, BLOCK_M, BLOCK_N, PEEL, D, BLOCK_D, WIDE,
         )  # fmt: skip
     else:
         _queries(
             first, q_base, k_base, v_base, bias_base, alive_base, out_base, row_base, lse_base,
             sqn, skn, svn, son, tokens, scale2,
-            BIASED, CLASS_TOKENS, LSE, ALIVE, 16, 64, False, D, BLOCK_D,
+            BIASED, CLASS_TOKENS, LSE, ALIVE, 16, 64, False, D, BLOCK_D, WIDE,
         )  # fmt: skip

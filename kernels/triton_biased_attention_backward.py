@@ -13,9 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vistoken.kernels.dispatch import far_apart, on_device, packed
+
 LOG2E = 1.4426950408889634
 
 
+@on_device
 def biased_attention_backward_triton(
     grad: Tensor,
     q: Tensor,
@@ -32,7 +35,12 @@ def biased_attention_backward_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `vistoken.kernels.biased_attention_backward.biased_attention_backward`."""
     batch, heads, tokens, dim = q.shape
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    grad, q, k, v, out = packed(grad), packed(q), packed(k), packed(v), packed(out)
+    bias = None if bias is None else packed(bias)
+    alive = None if alive is None else packed(alive)
+    lse = lse.contiguous()
+    # An expanded one, such as that of a sum, has a single number in memory.
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
     dq, dk, dv = (q.new_empty(batch, tokens, heads, dim).transpose(1, 2) for _ in range(3))
     row_sum = torch.empty_like(lse)
     per_head = (batch, heads, tokens)
@@ -41,11 +49,12 @@ def biased_attention_backward_triton(
     given = (lse if bias is None else bias, lse if alive is None else alive)
     rows = (0 if bias is None else bias.stride(0), 0 if alive is None else alive.stride(0))
     outer, inner, warps, stages = config(dim)
-    grid = (triton.cdiv(tokens, outer), batch * heads)
+    grid = (triton.cdiv(tokens, outer) * batch * heads,)
+    apart = far_apart(tokens, *(x.stride(2) for x in (q, k, v, out, grad, dq)))
     shape = {
         "BIASED": bias is not None, "ALIVE": alive is not None, "OUTER": outer, "INNER": inner,
-        "D": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim)), "num_warps": warps,
-        "num_stages": stages,
+        "D": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim)), "WIDE": apart,
+        "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
     _query_gradient[grid](
         q, k, v, *given, out, grad, lse, lse if grad_lse is None else grad_lse, row_sum, dq,
@@ -66,10 +75,19 @@ def config(dim: int) -> tuple[int, int, int, int]:
 
 
 @triton.jit
-def _rows(base, at, step, dims, tokens, D: tl.constexpr):
+def _rows(base, at, step, dims, tokens, D: tl.constexpr, WIDE: tl.constexpr):
     """Rows `at` of a `[N, d]` matrix; padding is zero."""
+    if WIDE:
+        at = at.to(tl.int64)
     pointers = base + at[:, None] * step + dims[None, :]
     return tl.load(pointers, mask=(at[:, None] < tokens) & (dims[None, :] < D), other=0.0)
+
+
+@triton.jit
+def _place(tokens, OUTER: tl.constexpr):
+    """Batch entry and head, and block of this program: neighbors are blocks of one head."""
+    blocks = tl.cdiv(tokens, OUTER)
+    return (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
 
 
 @triton.jit
@@ -79,16 +97,16 @@ def _query_gradient(
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son, sgb, sgh, sgn, sdb, sdh, sdn,
     heads, tokens, scale, bias_row, alive_row,
     LSE_GRAD: tl.constexpr, BIASED: tl.constexpr, ALIVE: tl.constexpr, OUTER: tl.constexpr,
-    INNER: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    INNER: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    bh = tl.program_id(1).to(tl.int64)
+    bh, block = _place(tokens, OUTER)
     b, h = bh // heads, bh % heads
-    rows = tl.program_id(0) * OUTER + tl.arange(0, OUTER)
+    rows = block * OUTER + tl.arange(0, OUTER)
     dims = tl.arange(0, BLOCK_D)
     k_base, v_base = k_ptr + b * skb + h * skh, v_ptr + b * svb + h * svh
-    q = _rows(q_ptr + b * sqb + h * sqh, rows, sqn, dims, tokens, D)
-    grad = _rows(grad_ptr + b * sgb + h * sgh, rows, sgn, dims, tokens, D)
-    out = _rows(out_ptr + b * sob + h * soh, rows, son, dims, tokens, D)
+    q = _rows(q_ptr + b * sqb + h * sqh, rows, sqn, dims, tokens, D, WIDE)
+    grad = _rows(grad_ptr + b * sgb + h * sgh, rows, sgn, dims, tokens, D, WIDE)
+    out = _rows(out_ptr + b * sob + h * soh, rows, son, dims, tokens, D, WIDE)
     row_sum = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     at = bh * tokens + rows
     if LSE_GRAD:
@@ -100,8 +118,8 @@ def _query_gradient(
     for start in range(0, tokens, INNER):
         cols = start + tl.arange(0, INNER)
         inside = cols < tokens
-        k = _rows(k_base, cols, skn, dims, tokens, D)
-        v = _rows(v_base, cols, svn, dims, tokens, D)
+        k = _rows(k_base, cols, skn, dims, tokens, D, WIDE)
+        v = _rows(v_base, cols, svn, dims, tokens, D, WIDE)
         score = tl.dot(q, tl.trans(k)) * scale2
         if BIASED:
             bias = tl.load(bias_ptr + b * bias_row + cols, mask=inside, other=0.0)
@@ -113,8 +131,9 @@ def _query_gradient(
         p = tl.where(seen, tl.exp2(score - lse2[:, None]), 0.0)
         ds = p * (tl.dot(grad, tl.trans(v)) - row_sum[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq)
+    far = rows.to(tl.int64) if WIDE else rows
     tl.store(
-        dq_ptr + b * sdb + h * sdh + rows[:, None] * sdn + dims[None, :],
+        dq_ptr + b * sdb + h * sdh + far[:, None] * sdn + dims[None, :],
         (dq * scale).to(dq_ptr.dtype.element_ty),
         mask=(rows[:, None] < tokens) & (dims[None, :] < D),
     )
@@ -128,15 +147,16 @@ def _key_gradient(
     heads, tokens, scale, bias_row, alive_row,
     BIAS_GRAD: tl.constexpr, ALIVE_GRAD: tl.constexpr, BIASED: tl.constexpr, ALIVE: tl.constexpr,
     OUTER: tl.constexpr, INNER: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    bh = tl.program_id(1).to(tl.int64)
+    bh, block = _place(tokens, OUTER)
     b, h = bh // heads, bh % heads
-    cols = tl.program_id(0) * OUTER + tl.arange(0, OUTER)
+    cols = block * OUTER + tl.arange(0, OUTER)
     inside = cols < tokens
     dims = tl.arange(0, BLOCK_D)
     q_base, grad_base = q_ptr + b * sqb + h * sqh, grad_ptr + b * sgb + h * sgh
-    k = _rows(k_ptr + b * skb + h * skh, cols, skn, dims, tokens, D)
-    v = _rows(v_ptr + b * svb + h * svh, cols, svn, dims, tokens, D)
+    k = _rows(k_ptr + b * skb + h * skh, cols, skn, dims, tokens, D, WIDE)
+    v = _rows(v_ptr + b * svb + h * svh, cols, svn, dims, tokens, D, WIDE)
     scale2 = scale * 1.4426950408889634
     bias2 = tl.zeros([OUTER], tl.float32)
     if BIASED:
@@ -153,8 +173,8 @@ def _key_gradient(
         # A padding row has an infinite normaliser, hence no probability.
         lse2 = tl.load(lse_ptr + at, mask=rows < tokens, other=float("inf")) * 1.4426950408889634
         row_sum = tl.load(row_sum_ptr + at, mask=rows < tokens, other=0.0)
-        q = _rows(q_base, rows, sqn, dims, tokens, D)
-        grad = _rows(grad_base, rows, sgn, dims, tokens, D)
+        q = _rows(q_base, rows, sqn, dims, tokens, D, WIDE)
+        grad = _rows(grad_base, rows, sgn, dims, tokens, D, WIDE)
         power = tl.dot(k, tl.trans(q)) * scale2 + bias2[:, None] - lse2[None, :]
         change = tl.dot(v, tl.trans(grad)) - row_sum[None, :]
         seen = inside[:, None]
@@ -170,7 +190,8 @@ def _key_gradient(
         if BIAS_GRAD:
             dbias += tl.sum(ds, 1)
         dk = tl.dot(ds.to(q.dtype), q, dk)
-    to = b * sdb + h * sdh + cols[:, None] * sdn + dims[None, :]
+    far = cols.to(tl.int64) if WIDE else cols
+    to = b * sdb + h * sdh + far[:, None] * sdn + dims[None, :]
     mask = inside[:, None] & (dims[None, :] < D)
     tl.store(dk_ptr + to, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
     tl.store(dv_ptr + to, dv.to(dv_ptr.dtype.element_ty), mask=mask)

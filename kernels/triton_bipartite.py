@@ -12,14 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vistoken.kernels.dispatch import far_apart, on_device, packed
+
 ONE_PROGRAM = 256
 """Tokens up to which one program takes a whole image."""
 
 
+@on_device
 def bipartite_triton(
     keys: Tensor, prefix: int, r: int, warps: int = 8
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `vistoken.kernels.bipartite.bipartite`."""
+    keys = packed(keys)
     batch, heads, tokens, dim = keys.shape
     evens = (tokens + 1) // 2
     keep = torch.empty(batch, tokens - r, dtype=torch.int64, device=keys.device)
@@ -27,17 +31,18 @@ def bipartite_triton(
     dst = torch.empty(batch, r, dtype=torch.int64, device=keys.device)
     block = max(16, triton.next_power_of_2(max(evens, prefix)))
     block_d = max(16, triton.next_power_of_2(dim))
+    apart = far_apart(max(tokens, heads), keys.stride(1), keys.stride(2))
     if tokens <= ONE_PROGRAM:
         _match_and_place[(batch,)](
             keys, keep, src, dst, *keys.stride()[:3], tokens, prefix, r,
-            HEADS=heads, BLOCK=block, D=dim, BLOCK_D=block_d, num_warps=warps,
+            HEADS=heads, BLOCK=block, D=dim, BLOCK_D=block_d, WIDE=apart, num_warps=warps,
         )  # fmt: skip
         return keep, src, dst
     best = torch.empty(batch, evens, dtype=torch.float32, device=keys.device)
     partner = torch.empty(batch, evens, dtype=torch.int32, device=keys.device)
     _match[(triton.cdiv(evens, 64), batch)](
         keys, best, partner, *keys.stride()[:3], tokens, prefix,
-        HEADS=heads, ROWS=64, CHUNK=64, D=dim, BLOCK_D=block_d,
+        HEADS=heads, ROWS=64, CHUNK=64, D=dim, BLOCK_D=block_d, WIDE=apart,
         num_warps=4, num_stages=1,
     )  # fmt: skip
     _place_all[(batch,)](
@@ -49,15 +54,19 @@ def bipartite_triton(
 
 @triton.jit
 def _metric(
-    base, positions, valid, sh, sn, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
-):
+    base, positions, valid, sh, sn, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
     """Unit-length head means of the keys at `positions`."""
     dims = tl.arange(0, BLOCK_D)
     mask = valid[:, None] & (dims[None, :] < D)
     total = tl.zeros([positions.shape[0], BLOCK_D], tl.float32)
-    for head in tl.static_range(HEADS):
-        at = base + head * sh + positions[:, None] * sn + dims[None, :]
+    if WIDE:
+        positions = positions.to(tl.int64)
+    for _ in tl.static_range(HEADS):
+        at = base + positions[:, None] * sn + dims[None, :]
         total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        base += sh
     length = tl.sqrt(tl.sum(total * total, 1))
     return total / tl.maximum(length, 1e-12)[:, None]
 
@@ -90,14 +99,15 @@ COUNTS = ["tokens", "prefix", "r"]
 def _match_and_place(
     key_ptr, keep_ptr, src_ptr, dst_ptr, sb, sh, sn, tokens, prefix, r,
     HEADS: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """The whole matching of one image."""
     b = tl.program_id(0).to(tl.int64)
     base = key_ptr + b * sb
     evens, odds = (tokens + 1) // 2, tokens // 2
     a = tl.arange(0, BLOCK)
-    metric = _metric(base, a * 2, a < evens, sh, sn, HEADS, D, BLOCK_D)
-    other = _metric(base, a * 2 + 1, a < odds, sh, sn, HEADS, D, BLOCK_D)
+    metric = _metric(base, a * 2, a < evens, sh, sn, HEADS, D, BLOCK_D, WIDE)
+    other = _metric(base, a * 2 + 1, a < odds, sh, sn, HEADS, D, BLOCK_D, WIDE)
     score = _usable(_cosine(metric, other), a, prefix // 2, odds)
     best, partner = tl.max(score, 1, return_indices=True)
     # Prefix rows and padding rank behind every candidate, so they never merge.
@@ -110,19 +120,19 @@ def _match_and_place(
 def _match(
     key_ptr, best_ptr, partner_ptr, sb, sh, sn, tokens, prefix,
     HEADS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
     base = key_ptr + b * sb
     odd_prefix = prefix // 2
     evens, odds = (tokens + 1) // 2, tokens // 2
     a = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    metric = _metric(base, a * 2, a < evens, sh, sn, HEADS, D, BLOCK_D)
+    metric = _metric(base, a * 2, a < evens, sh, sn, HEADS, D, BLOCK_D, WIDE)
     best = tl.full([ROWS], float("-inf"), tl.float32)
     partner = tl.zeros([ROWS], tl.int32) + odd_prefix
     for start in range(0, odds, CHUNK):
         o = start + tl.arange(0, CHUNK)
-        other = _metric(base, o * 2 + 1, o < odds, sh, sn, HEADS, D, BLOCK_D)
+        other = _metric(base, o * 2 + 1, o < odds, sh, sn, HEADS, D, BLOCK_D, WIDE)
         score = _usable(_cosine(metric, other), o, odd_prefix, odds)
         here, index = tl.max(score, 1, return_indices=True)
         better = here > best

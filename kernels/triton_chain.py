@@ -13,8 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from vistoken.kernels.chain import Norm, Slots
+from vistoken.kernels.dispatch import on_device, packed
 
 
+@on_device
 def add_reduce_norm_triton(
     x: Tensor,
     branch: Tensor | None,
@@ -25,6 +27,8 @@ def add_reduce_norm_triton(
     warps: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `vistoken.kernels.chain.add_reduce_norm`; without a norm the second is the first."""
+    x = x.contiguous()
+    branch = None if branch is None else branch.contiguous()
     batch, tokens, width = x.shape
     merges = slots is not None and slots.src is not None
     slots_out = tokens if slots is None else slots.keep.shape[1]
@@ -36,7 +40,7 @@ def add_reduce_norm_triton(
     sources = slots.src.shape[1] if slots is not None and slots.src is not None else 0
 
     parts = (None,) * 5 if slots is None else _fields(slots)
-    rows = [x if part is None else _rows(part) for part in (*parts, size)]
+    rows = [x if part is None else packed(part) for part in (*parts, size)]
     block = triton.next_power_of_2(width)
     _add_reduce_norm[(slots_out, batch)](
         x, x if branch is None else branch, x if gamma is None else gamma, *rows,
@@ -69,11 +73,6 @@ def reduce_tokens_triton(
 def _fields(slots: Slots) -> tuple[Tensor | None, ...]:
     """The tensors of slots in the kernel's order."""
     return slots.keep, slots.src, slots.dst, slots.weight, slots.gain
-
-
-def _rows(part: Tensor) -> Tensor:
-    """A `[B, n]` tensor whose rows are contiguous; their distance may be anything."""
-    return part if part.stride(1) == 1 else part.contiguous()
 
 
 COUNTS = ["tokens", "slots", "sources"]

@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from vistoken.kernels.dispatch import on_device
+
 BLOCK = 64
 """Keys per step."""
 
@@ -123,6 +125,7 @@ def splits_of(pairs: int, capacity: int) -> int:
     return 1 << max(0, wanted - 1).bit_length()
 
 
+@on_device
 def decode_attention_triton(
     qkv: Tensor,
     cos: Tensor,

@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vistoken.kernels.decode_linear import RMS, Tile
+from vistoken.kernels.dispatch import on_device
 
 
 @triton.jit
@@ -163,6 +164,7 @@ def _matrix(
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=both)
 
 
+@on_device
 def decode_linear_triton(
     x: Tensor,
     weights: Sequence[Tensor],

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vistoken.kernels.dispatch import on_device
 from vistoken.kernels.neighborhood_tiles import Tile
 from vistoken.kernels.neighborhood_windows import Neighborhood
 from vistoken.kernels.triton_neighborhood_geometry import (
@@ -18,6 +19,8 @@ from vistoken.kernels.triton_neighborhood_geometry import (
     box,
     column_word,
     coordinates,
+    corner,
+    far,
     load_rows,
     members,
     offsets,
@@ -154,18 +157,20 @@ def _forward(
     gx, gy, gz = px, py, pz
     if DILATED:
         gx, gy, gz = px * dx + rx, py * dy + ry, pz * dz + rz
+    head = far(h) if WIDE else h
     own_q = offsets(gx, gy, gz, sqx, sqy, sqz, RANK, WIDE)
-    q = load_rows(q_ptr + b * sqb + h * sqh, own_q, inside, dims, D, BLOCK_D)
+    q = load_rows(q_ptr + b * sqb + head * sqh, own_q, inside, dims, D, BLOCK_D)
     row = offsets(gx, gy, gz, ny * nz * heads, nz * heads, heads, RANK, WIDE) + h
     entry = b * (nx * ny * nz) * heads
     hk = h // group
-    k_ptr += b * skb + hk * skh + rx * skx + ry * sky + rz * skz
-    v_ptr += b * svb + hk * svh + rx * svx + ry * svy + rz * svz
+    k_ptr += b * skb + corner(hk, rx, ry, rz, skh, skx, sky, skz, WIDE)
+    v_ptr += b * svb + corner(hk, rx, ry, rz, svh, svx, svy, svz, WIDE)
+    if WIDE:
+        skx, sky, skz = far(skx), far(sky), far(skz)
+        svx, svy, svz = far(svx), far(svy), far(svz)
     if DILATED:
         skx, sky, skz = skx * dx, sky * dy, skz * dz
         svx, svy, svz = svx * dx, svy * dy, svz * dz
-    if WIDE:
-        bx, by, bz = bx.to(tl.int64), by.to(tl.int64), bz.to(tl.int64)
     if EXTRA > 0:
         extra_k_ptr += b * seb + hk * seh
         extra_v_ptr += b * sfb + hk * sfh
@@ -198,6 +203,7 @@ def _forward(
     tl.store(lse_ptr + entry + row, (top + tl.log2(total)) * 0.6931471805599453, mask=inside)
 
 
+@on_device
 def forward(
     q: Tensor,
     k: Tensor,

@@ -15,6 +15,8 @@ from vistoken.kernels.triton_neighborhood_geometry import (
     box,
     column_word,
     coordinates,
+    corner,
+    far,
     load_rows,
     members,
     offsets,
@@ -68,10 +70,18 @@ def _query(
     gx, gy, gz = px, py, pz
     if DILATED:
         gx, gy, gz = px * dx + rx, py * dy + ry, pz * dz + rz
+    head = far(h) if WIDE else h
     own_q = offsets(gx, gy, gz, sqx, sqy, sqz, RANK, WIDE)
-    q = load_rows(q_ptr + b * sqb + h * sqh, own_q, inside, dims, D, BLOCK_D)
+    q = load_rows(q_ptr + b * sqb + head * sqh, own_q, inside, dims, D, BLOCK_D)
     own_grad = offsets(gx, gy, gz, sgx, sgy, sgz, RANK, WIDE)
-    grad = load_rows(grad_ptr + b * sgb + h * sgh, own_grad, inside, dims, D, BLOCK_D)
+    grad = load_rows(
+        grad_ptr + b * sgb + head * sgh,
+        own_grad,
+        inside,
+        dims,
+        D,
+        BLOCK_D,
+    )
     row = offsets(gx, gy, gz, ny * nz * heads, nz * heads, heads, RANK, WIDE) + h
     entry = b * (nx * ny * nz) * heads
     out = load_rows(out_ptr + entry * D, row * D, inside, dims, D, BLOCK_D)
@@ -82,15 +92,16 @@ def _query(
     norm = tl.load(lse_ptr + entry + row, mask=inside, other=0.0) * 1.4426950408889634
 
     hk = h // group
-    k_ptr += b * skb + hk * skh + rx * skx + ry * sky + rz * skz
-    v_ptr += b * svb + hk * svh + rx * svx + ry * svy + rz * svz
+    k_ptr += b * skb + corner(hk, rx, ry, rz, skh, skx, sky, skz, WIDE)
+    v_ptr += b * svb + corner(hk, rx, ry, rz, svh, svx, svy, svz, WIDE)
+    if WIDE:
+        skx, sky, skz = far(skx), far(sky), far(skz)
+        svx, svy, svz = far(svx), far(svy), far(svz)
     if DILATED:
         skx, sky, skz = skx * dx, sky * dy, skz * dz
         svx, svy, svz = svx * dx, svy * dy, svz * dz
     cx, cy, cz = coordinates(tl.arange(0, BN), KX, KY, KZ, BN, RANK)
     bits = column_word(cx, cy, cz, KX, KY, KZ, RANK)
-    if WIDE:
-        bx, by, bz = bx.to(tl.int64), by.to(tl.int64), bz.to(tl.int64)
     k_offset = offsets(cx, cy, cz, skx, sky, skz, RANK, False)
     v_offset = offsets(cx, cy, cz, svx, svy, svz, RANK, False)
     table_y, table_z = 2 * wy - 1, 2 * wz - 1
@@ -175,29 +186,32 @@ def _key(
     gx, gy, gz = px, py, pz
     if DILATED:
         gx, gy, gz = px * dx + rx, py * dy + ry, pz * dz + rz
+    head = far(hk) if WIDE else hk
     own_k = offsets(gx, gy, gz, skx, sky, skz, RANK, WIDE)
-    k = load_rows(k_ptr + b * skb + hk * skh, own_k, inside, dims, D, BLOCK_D)
+    k = load_rows(k_ptr + b * skb + head * skh, own_k, inside, dims, D, BLOCK_D)
     own_v = offsets(gx, gy, gz, svx, svy, svz, RANK, WIDE)
-    v = load_rows(v_ptr + b * svb + hk * svh, own_v, inside, dims, D, BLOCK_D)
+    v = load_rows(v_ptr + b * svb + head * svh, own_v, inside, dims, D, BLOCK_D)
     stride = heads // group
     row = offsets(gx, gy, gz, ny * nz * stride, nz * stride, stride, RANK, WIDE) + hk
     entry = b * (nx * ny * nz) * stride
 
     first = hk * group
-    q_ptr += b * sqb + first * sqh + rx * sqx + ry * sqy + rz * sqz
-    grad_ptr += b * sgb + first * sgh + rx * sgx + ry * sgy + rz * sgz
-    corner = (((b * nx + rx) * ny + ry) * nz + rz) * heads + first
-    lse_ptr += corner
-    delta_ptr += corner
+    q_ptr += b * sqb + corner(first, rx, ry, rz, sqh, sqx, sqy, sqz, WIDE)
+    grad_ptr += b * sgb + corner(first, rx, ry, rz, sgh, sgx, sgy, sgz, WIDE)
+    row_corner = (((b * nx + rx) * ny + ry) * nz + rz) * heads + first
+    lse_ptr += row_corner
+    delta_ptr += row_corner
     srx, sry, srz = ny * nz * heads, nz * heads, heads
+    if WIDE:
+        sqx, sqy, sqz, sqh = far(sqx), far(sqy), far(sqz), far(sqh)
+        sgx, sgy, sgz, sgh = far(sgx), far(sgy), far(sgz), far(sgh)
+        srx, sry, srz = far(srx), far(sry), far(srz)
     if DILATED:
         sqx, sqy, sqz = sqx * dx, sqy * dy, sqz * dz
         sgx, sgy, sgz = sgx * dx, sgy * dy, sgz * dz
         srx, sry, srz = srx * dx, sry * dy, srz * dz
     cx, cy, cz = coordinates(tl.arange(0, BN), KX, KY, KZ, BN, RANK)
     bits = column_word(cx, cy, cz, KX, KY, KZ, RANK)
-    if WIDE:
-        bx, by, bz = bx.to(tl.int64), by.to(tl.int64), bz.to(tl.int64)
     q_offset = offsets(cx, cy, cz, sqx, sqy, sqz, RANK, False)
     g_offset = offsets(cx, cy, cz, sgx, sgy, sgz, RANK, False)
     r_offset = offsets(cx, cy, cz, srx, sry, srz, RANK, False)
@@ -234,8 +248,8 @@ def _key(
         score = score * scale2 - norm[None, :]
         if RPB:
             slot = (ox * table_y + oy) * table_z + oz + column
-            head = rpb_ptr + g * (2 * wx - 1) * table_y * table_z
-            bias = tl.load(head + (own[:, None] - slot[None, :]), mask=ok, other=0.0)
+            table = rpb_ptr + g * (2 * wx - 1) * table_y * table_z
+            bias = tl.load(table + (own[:, None] - slot[None, :]), mask=ok, other=0.0)
             score += bias.to(tl.float32) * 1.4426950408889634
         p = tl.exp2(tl.where(ok, score, float("-inf")))
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)

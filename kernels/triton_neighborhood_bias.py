@@ -14,12 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vistoken.kernels.dispatch import on_device
 from vistoken.kernels.neighborhood_windows import Neighborhood
 from vistoken.kernels.triton_neighborhood_geometry import (
     bounds,
     box,
     column_word,
     coordinates,
+    far,
     load_rows,
     members,
     place,
@@ -88,10 +90,11 @@ def _bias(
 
     qx, qy, qz = px * dx + rx, py * dy + ry, pz * dz + rz
     kx, ky, kz = (cx + ox) * dx + rx, (cy + oy) * dy + ry, (cz + oz) * dz + rz
-    if WIDE:
-        qx, kx = qx.to(tl.int64), kx.to(tl.int64)
-    row = ((qx * ny + qy) * nz + qz) * heads + h
     hk = h // group
+    if WIDE:
+        qx, qy, qz, kx, ky, kz = far(qx), far(qy), far(qz), far(kx), far(ky), far(kz)
+        h, hk = far(h), far(hk)
+    row = ((qx * ny + qy) * nz + qz) * heads + h
     q_offset = qx * sqx + qy * sqy + qz * sqz + h * sqh
     g_offset = qx * sgx + qy * sgy + qz * sgz + h * sgh
     k_offset = kx * skx + ky * sky + kz * skz + hk * skh
@@ -115,6 +118,7 @@ def _bias(
     tl.store(part_ptr + line[:, None] + slot, total, mask=ok & inside[:, None])
 
 
+@on_device
 def bias_gradient(
     grad: Tensor,
     q: Tensor,

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vistoken.kernels.triton_neighborhood_geometry import load_rows, offsets, store_rows
+from vistoken.kernels.dispatch import on_device
+from vistoken.kernels.triton_neighborhood_geometry import far, load_rows, offsets, store_rows
 from vistoken.kernels.triton_neighborhood_launch import (
     LOG2E,
     extras,
@@ -36,7 +37,11 @@ def _extra(
     RANK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    share, first, entry = tl.program_id(0), tl.program_id(1) * BM, tl.program_id(2)
+    # One axis for all: the others end at 65,535. Neighbors are shares of one block and head.
+    blocks = tl.cdiv(extra, BM)
+    block, share = tl.program_id(0) // shares, tl.program_id(0) % shares
+    entry, entries = block // blocks, tl.num_programs(0) // (shares * blocks)
+    first = block % blocks * BM
     key_heads = heads // group
     b, hk = (entry // key_heads).to(tl.int64), entry % key_heads
     dims = tl.arange(0, BLOCK_D)
@@ -50,6 +55,8 @@ def _extra(
         at = start + tl.arange(0, BN)
         inside = at < tokens * group
         h, n = hk * group + at // tokens, at % tokens
+        if WIDE:
+            h = far(h)
         x, y, z = n // (ny * nz), n // nz % ny, n % nz
         q_at = offsets(x, y, z, sqx, sqy, sqz, RANK, WIDE) + h * sqh
         g_at = offsets(x, y, z, sgx, sgy, sgz, RANK, WIDE) + h * sgh
@@ -64,11 +71,12 @@ def _extra(
         dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
-    line = (((share * tl.num_programs(2) + entry).to(tl.int64)) * extra + own) * D
+    line = ((share * entries + entry).to(tl.int64) * extra + own) * D
     store_rows(dk_ptr, line, own < extra, dims, dk * scale, D, BLOCK_D)
     store_rows(dv_ptr, line, own < extra, dims, dv, D, BLOCK_D)
 
 
+@on_device
 def extra_gradients(
     grad: Tensor,
     q: Tensor,
@@ -90,7 +98,7 @@ def extra_gradients(
         q.new_empty(shares, batch, key_heads, count, dim, dtype=torch.float32) for _ in range(2)
     )
     nx, ny, nz = (1,) * (3 - len(grid)) + tuple(grid)
-    _extra[(shares, triton.cdiv(count, block), batch * key_heads)](
+    _extra[(shares * programs,)](
         q, grad, lse, delta, keys, values, dk, dv,
         *strides(q), *strides(grad), *extras(keys), *extras(values),
         nx, ny, nz, heads, heads // key_heads, count, shares, scale, scale * LOG2E,

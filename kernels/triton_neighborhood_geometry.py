@@ -232,6 +232,20 @@ def offsets(x, y, z, sx, sy, sz, RANK: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def corner(h, rx, ry, rz, sh, sx, sy, sz, WIDE: tl.constexpr):
+    """Where a head's dilation group lies from the start of its batch entry."""
+    if WIDE:
+        h, rx, ry, rz = far(h), far(rx), far(ry), far(rz)
+    return h * sh + rx * sx + ry * sy + rz * sz
+
+
+@triton.jit
+def far(n):
+    """A number in 64 bits, also one that was compiled in, like a stride of 1."""
+    return n + tl.full([], 0, tl.int64)
+
+
+@triton.jit
 def visible(x, y, z, lx, ly, lz, RANK: tl.constexpr):
     """Rows that lie before the ends of all axes."""
     ok = z < lz

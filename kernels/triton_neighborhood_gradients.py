@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vistoken.kernels.dispatch import on_device
 from vistoken.kernels.neighborhood_tiles import Tile
 from vistoken.kernels.neighborhood_windows import Neighborhood
 from vistoken.kernels.triton_neighborhood import extra_block
@@ -21,6 +22,7 @@ from vistoken.kernels.triton_neighborhood_launch import (
 Grads = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
+@on_device
 def backward(
     grad: Tensor,
     grad_lse: Tensor | None,

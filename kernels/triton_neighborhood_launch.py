@@ -11,10 +11,13 @@ import torch
 import triton
 from torch import Tensor
 
+from vistoken.kernels.dispatch import packed
 from vistoken.kernels.neighborhood_tiles import Pass, Tile, choose, shape_of
 from vistoken.kernels.neighborhood_windows import Neighborhood, group_length
 
 LOG2E = 1.4426950408889634
+
+rows_packed = packed
 
 MAX_PROGRAMS = 65535
 """Programs along the second and third axis of a launch."""
@@ -111,11 +114,6 @@ def wide(*tensors: Tensor) -> bool:
         >= 2**31
         for x in tensors
     )
-
-
-def rows_packed(x: Tensor) -> Tensor:
-    """x, copied only where the values of a row are not next to each other."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def extras(x: Tensor | None) -> tuple[int, int, int]:

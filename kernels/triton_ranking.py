@@ -7,7 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vistoken.kernels.dispatch import on_device
 
+
+@on_device
 def rank_tokens_triton(score: Tensor, prefix: int) -> Tensor:
     """See `vistoken.kernels.ranking.rank_tokens`."""
     score = score.contiguous()

@@ -7,19 +7,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vistoken.kernels.dispatch import far_apart, on_device, packed
+
 LOG2E = 1.4426950408889634
 
 
+@on_device
 def log_normalizer_triton(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """See `vistoken.kernels.attention.log_normalizer`."""
+    q, k = packed(q), packed(k)
+    bias = None if bias is None else packed(bias)
     batch, heads, rows, dim = q.shape
     out = torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device)
     per_head = bias is not None and bias.dim() == 3
     bias_rows = (0, 0) if bias is None else bias.stride()[:2] if per_head else (bias.stride(0), 0)
-    _normalizer[(triton.cdiv(rows, 64), batch * heads)](
+    _normalizer[(triton.cdiv(rows, 64) * batch * heads,)](
         q, k, out if bias is None else bias, out, *q.stride()[:3], *k.stride()[:3], *bias_rows,
         heads, rows, k.shape[2], scale * LOG2E, BIASED=bias is not None,
         BLOCK_M=64, BLOCK_N=64, D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        WIDE=far_apart(max(rows, k.shape[2]), q.stride(2), k.stride(2)),
         num_warps=4, num_stages=2,
     )  # fmt: skip
     return out
@@ -30,15 +36,17 @@ def _normalizer(
     q_ptr, k_ptr, bias_ptr, out_ptr, sqb, sqh, sqn, skb, skh, skn, sbb, sbh,
     heads, rows, keys, scale2,
     BIASED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    bh = tl.program_id(1)
+    blocks = tl.cdiv(rows, BLOCK_M)
+    bh = tl.program_id(0) // blocks
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
-    at = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    at = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    far = at.to(tl.int64) if WIDE else at
     dims = tl.arange(0, BLOCK_D)
     in_d = dims[None, :] < D
     q = tl.load(
-        q_ptr + b * sqb + h * sqh + at[:, None] * sqn + dims[None, :],
+        q_ptr + b * sqb + h * sqh + far[:, None] * sqn + dims[None, :],
         mask=(at[:, None] < rows) & in_d, other=0.0,
     )  # fmt: skip
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -46,8 +54,9 @@ def _normalizer(
     for start in range(0, keys, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         inside = cols < keys
+        away = cols.to(tl.int64) if WIDE else cols
         k = tl.load(
-            k_ptr + b * skb + h * skh + cols[:, None] * skn + dims[None, :],
+            k_ptr + b * skb + h * skh + away[:, None] * skn + dims[None, :],
             mask=inside[:, None] & in_d, other=0.0,
         )  # fmt: skip
         score = tl.dot(q, tl.trans(k)) * scale2
@@ -62,8 +71,10 @@ def _normalizer(
     tl.store(out_ptr + bh.to(tl.int64) * rows + at, value, mask=at < rows)
 
 
+@on_device
 def best_match_at_triton(x: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
     """See `vistoken.kernels.match.best_match_at`."""
+    x, src, dst = packed(x), packed(src), packed(dst)
     batch, sources = src.shape
     value = torch.empty(batch, sources, dtype=torch.float32, device=x.device)
     index = torch.empty(batch, sources, dtype=torch.int64, device=x.device)

@@ -105,6 +105,23 @@ def test_gradients_of_the_torch_path(masked):
         torch.testing.assert_close(mine, exact)
 
 
+def test_gradients_that_are_not_contiguous(kernels):
+    """A sum hands back one number for all, a transposed loss a transposed gradient."""
+    qkv, bias, *_ = problem((2, 33, 2, 32))
+    weights = torch.rand(33, 2, 2, device=DEVICE)
+
+    def losses(out, lse):
+        return lse.sum(), (lse.permute(2, 1, 0) * weights.to(lse)).sum(), out.sum() + lse.sum()
+
+    leaf, exact = (x.clone().requires_grad_() for x in (qkv, qkv.double()))
+    out, _, lse = ours(*leaf.permute(2, 0, 3, 1, 4).unbind(0), bias, None, 0.2, 0)
+    want, _, norm = reference(*exact.permute(2, 0, 3, 1, 4).unbind(0), bias, None, 0.2, 0)
+    for loss, other in zip(losses(out, lse), losses(want, norm), strict=True):
+        (got,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+        (expected,) = torch.autograd.grad(other, exact, retain_graph=True)
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=2e-5)
+
+
 # The interpreter multiplies bf16 matrices wrongly.
 HALF = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]
 

@@ -79,15 +79,15 @@ CASES = []
 for sized, rows, extra in itertools.product((True, False), (0, 2), (True, False)):
     CASES.append(("attention", {"scale2": "fp32"}, {
         "BIASED": sized, "CLASS_TOKENS": rows, "LSE": extra, "ALIVE": extra, "BLOCK_M": 64,
-        "BLOCK_N": 32, "PEEL": extra, "D": 64, "BLOCK_D": 64}))  # fmt: skip
+        "BLOCK_N": 32, "PEEL": extra, "D": 64, "BLOCK_D": 64, "WIDE": not sized}))  # fmt: skip
 for dim, extra in ((64, True), (64, False), (80, True)):
     tile = {"OUTER": 64, "INNER": 32, "D": dim, "BLOCK_D": 64 if dim == 64 else 128}
-    flags = {"BIASED": True, "ALIVE": extra, **tile}
+    flags = {"BIASED": True, "ALIVE": extra, "WIDE": dim > 64, **tile}
     CASES.append(("dq", {"scale": "fp32"}, {"LSE_GRAD": extra, **flags}))
     CASES.append(("dkv", {"scale": "fp32"}, {"BIAS_GRAD": extra, "ALIVE_GRAD": extra, **flags}))
 TILE = {"ROWS": 64, "CHUNK": 64}
-HALF = {"HEADS": 6, "D": 64, "BLOCK_D": 64}
-WIDE = {"HEADS": 12, "D": 48, "BLOCK_D": 64}
+HALF = {"HEADS": 6, "D": 64, "BLOCK_D": 64, "WIDE": False}
+WIDE = {"HEADS": 12, "D": 48, "BLOCK_D": 64, "WIDE": True}
 CASES.append(("match", {}, {**TILE, **HALF}))
 CASES.append(("match", {"key_ptr": "fp32"}, {**TILE, **WIDE}))
 CASES.append(("match_and_place", {}, {"BLOCK": 128, **HALF}))
@@ -99,7 +99,14 @@ for biased in (True, False):
         (
             "normalizer",
             {"scale2": "fp32"},
-            {"BIASED": biased, "BLOCK_M": 64, "BLOCK_N": 64, "D": 64, "BLOCK_D": 64},
+            {
+                "BIASED": biased,
+                "BLOCK_M": 64,
+                "BLOCK_N": 64,
+                "D": 64,
+                "BLOCK_D": 64,
+                "WIDE": biased,
+            },
         )
     )
 CASES.append(("rank", {}, {"BLOCK": 256, "PART": 128}))

@@ -59,9 +59,9 @@ for grid, hood, dim, extra, rpb in PROBLEMS:
           GRAD_LSE=rpb, **both)
     build("key", backward._key, "key", grid, hood, dim, GROUPED=bool(extra), **both)
     if extra:
-        build("extra", extras._extra, "query", grid, hood, dim, WIDE=False)
+        build("extra", extras._extra, "query", grid, hood, dim, WIDE=True)
     if rpb:
-        build("bias", bias._bias, "query", grid, hood, dim, WIDE=False)
+        build("bias", bias._bias, "query", grid, hood, dim, WIDE=True)
 """
 
 
