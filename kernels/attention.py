@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vistoken.kernels.dispatch import as_op, trains, use_triton
+from vistoken.kernels.dispatch import as_given, as_op, trains, use_triton
 
 CHUNK = 64
 """Rows of the attention matrix held at once."""
@@ -148,8 +148,10 @@ def received(
 
 
 def scores_of(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Biased scores `[B, H, N_q, N_k]` in the wide type."""
-    scores = (q @ k.transpose(-2, -1)).to(wide_type(q)) * scale
+    """Biased scores `[B, H, N_q, N_k]` in the wide type: fp16 cannot hold every product."""
+    wide = wide_type(q)
+    with as_given(q.device.type):
+        scores = (q.to(wide) * scale) @ k.to(wide).transpose(-2, -1)
     if bias is None:
         return scores
     bias = bias.to(scores.dtype)

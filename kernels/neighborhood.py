@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vistoken.errors import ConfigError
 from vistoken.kernels import neighborhood_ops as ops
+from vistoken.kernels.dispatch import autocasts
 from vistoken.kernels.neighborhood_windows import check_axes, per_axis
 
 Ints = int | Sequence[int]
@@ -118,6 +119,8 @@ def _attend(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     _check_tensors(rank, q, k, v, extra_k, extra_v)
+    if extra_k is not None and extra_k.shape[1] == 0:
+        extra_k = extra_v = None
     window = per_axis("kernel_size", kernel_size, rank, int)
     steps = per_axis("stride", stride, rank, int)
     spread = per_axis("dilation", dilation, rank, int)
@@ -158,7 +161,7 @@ def _dense(
 def _autocast(q: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """All tensors in the autocast type, where one is active."""
     kind = q.device.type
-    if not torch.is_autocast_enabled(kind) or q.dtype == torch.float64:
+    if not autocasts(kind) or q.dtype == torch.float64:
         return (q, *others)
     dtype = torch.get_autocast_dtype(kind)
     return tuple(None if x is None else x.to(dtype) for x in (q, *others))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vistoken.kernels import neighborhood_reference as reference
-from vistoken.kernels.dispatch import ANY, use_triton
+from vistoken.kernels.dispatch import ANY, as_given, use_triton
 from vistoken.kernels.neighborhood_windows import Neighborhood
 
 MAX_DIM = 256
@@ -53,7 +53,8 @@ def neighborhood(
         from vistoken.kernels import triton_neighborhood
 
         return triton_neighborhood.forward(q, k, v, hood, scale, extra_k, extra_v, rpb)
-    return reference.forward(q, k, v, hood, scale, extra_k, extra_v, rpb)
+    with as_given(q.device.type):
+        return reference.forward(q, k, v, hood, scale, extra_k, extra_v, rpb)
 
 
 @neighborhood.register_fake
@@ -83,12 +84,13 @@ def neighborhood_backward(
     """Gradients of q, k, v, extra_k, extra_v and rpb; empty for those that were not given."""
     hood = _hood(window, stride, dilation, causal)
     given = (grad, grad_lse, q, k, v, out, lse, hood, scale, extra_k, extra_v, rpb)
-    if triton_runs(q, v, dilation):
-        from vistoken.kernels import triton_neighborhood_gradients
+    with as_given(q.device.type):
+        if triton_runs(q, v, dilation):
+            from vistoken.kernels import triton_neighborhood_gradients
 
-        grads = triton_neighborhood_gradients.backward(*given)
-    else:
-        grads = reference.backward(*given)
+            grads = triton_neighborhood_gradients.backward(*given)
+        else:
+            grads = reference.backward(*given)
     dq, dk, dv, dek, dev, drpb = (q.new_empty(0) if g is None else g for g in grads)
     return dq, dk, dv, dek, dev, drpb
 

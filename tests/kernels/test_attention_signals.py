@@ -1,5 +1,7 @@
 """Class row, column mean and page rank against the whole attention matrix in float64."""
 
+import math
+
 import pytest
 import torch
 
@@ -109,3 +111,19 @@ def test_no_call_sees_a_whole_matrix(monkeypatch):
     log_normalizer(q, k, bias, scale)
     received(q, k, bias, scale)
     assert 0 < largest <= CHUNK
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("auto", [False, True])
+def test_scores_are_formed_in_float32(dtype, auto):
+    """A product of 64 values of 40 each is 102,400, beyond fp16; bf16 would round every score."""
+    x = torch.full((1, 1, 3, 64), 40.0, dtype=dtype)
+    with torch.autocast("cpu", dtype=dtype, enabled=auto):
+        assert torch.equal(class_row(x[:, :, :1], x, None, 0.125), torch.full((1, 3), 1 / 3))
+        norm = log_normalizer(x, x, None, 0.125)
+        torch.testing.assert_close(norm, torch.full_like(norm, 12800 + math.log(3)))
+        q, k, _, scale = problem(1, 2, 30, 64)
+        q, k = (q * 6).to(dtype), k.to(dtype)
+        row = class_row(q[:, :, :1], k, None, scale)
+    exact = matrix(q, k, None, scale)[:, :, 0].mean(1)
+    torch.testing.assert_close(row.double(), exact, rtol=1e-4, atol=1e-6)

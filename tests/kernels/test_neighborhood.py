@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from neighborhood_oracle import attend, dense_mask, keys_of
 
 from vistoken.errors import ConfigError
+from vistoken.kernels import neighborhood_ops as ops
 from vistoken.kernels.neighborhood import na1d, na2d, na3d
 from vistoken.kernels.neighborhood_windows import inverse_bounds, window_bounds
 
@@ -367,3 +368,43 @@ def test_flops_are_the_useful_ones():
     with FlopCounterMode(display=False) as counter:
         out.sum().backward()
     assert counter.get_total_flops() == 10 * 2 * 42 * 2 * 4 * 6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_reach_into_the_operators(dtype):
+    torch.manual_seed(0)
+    leaves = [torch.randn(1, 5, 6, 2, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
+    rpb = torch.randn(2, 5, 5, requires_grad=True)
+
+    def run(on):
+        with torch.autocast("cpu", dtype=dtype, enabled=on):
+            out, lse = na2d(*leaves, 3, rpb=rpb, return_lse=True)
+            return out, lse, *torch.autograd.grad(out.float().sum() + lse.sum(), [*leaves, rpb])
+
+    for mine, other in zip(run(True), run(False), strict=True):
+        assert mine.dtype == other.dtype
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6)
+
+
+def test_no_extra_tokens_are_none(monkeypatch):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 4, 5, 2, 8, requires_grad=True) for _ in range(3))
+    extra = torch.zeros(1, 0, 2, 8, requires_grad=True)
+    seen = []
+    monkeypatch.setattr(ops, "neighborhood", lambda *args: seen.append(args) or (None, None))
+    na2d(q, k, v, 3, additional_keys=extra, additional_values=extra)
+    monkeypatch.undo()
+    assert seen[0][3] is None and seen[0][4] is None, "the kernels cannot walk no extra tokens"
+    out = na2d(q, k, v, 3, additional_keys=extra, additional_values=extra)
+    assert torch.equal(out, na2d(q, k, v, 3))
+    assert all(g is not None for g in torch.autograd.grad(out.sum(), (q, k, v)))
+    with pytest.raises(ConfigError, match="additional_values has shape"):
+        na2d(q, k, v, 3, additional_keys=extra, additional_values=extra[..., :3])
+
+
+def test_meta_tensors_have_no_autocast():
+    q, k, v = (torch.empty(1, 5, 6, 2, 8, device="meta", requires_grad=True) for _ in range(3))
+    out = na2d(q, k, v, 3)
+    assert out.shape == q.shape and out.is_meta
+    (grad,) = torch.autograd.grad(out.sum(), q)
+    assert grad.shape == q.shape
