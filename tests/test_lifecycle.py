@@ -504,3 +504,11 @@ def test_gradients_equal_those_of_the_forward_written_out() -> None:
     with torch.no_grad():
         slope = (loss(image + step * direction) - loss(image - step * direction)) / (2 * step)
     assert abs((found * direction).sum() - slope) < 1e-5 * slope.abs()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_wrapped_models_run_on_the_meta_device(grad: bool) -> None:
+    model = vistoken.wrap(vit(), "tome:r=3").to("meta")
+    with torch.set_grad_enabled(grad):
+        shape = model(images(2).to("meta")).shape
+    assert shape == model.to_empty(device="cpu")(images(2)).shape

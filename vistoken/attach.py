@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vistoken.errors import RecomputeError, TapError
+from vistoken.kernels.dispatch import as_given, autocasts
 from vistoken.methods.base import Features, Method
 from vistoken.methods.sparse import SparseAttention
 from vistoken.schedule import Schedule, Step
@@ -281,8 +282,8 @@ def recomputing() -> bool:
 
 def undisturbed(device_type: str, call: Callable[[], T]) -> T:
     """`call()` without gradient or autocast; contexts that would change nothing are not entered."""
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(device_type):
-        with torch.no_grad(), torch.autocast(device_type, enabled=False):
+    if torch.is_grad_enabled() or autocasts(device_type):
+        with torch.no_grad(), as_given(device_type):
             return call()
     return call()
 

@@ -57,6 +57,11 @@ def meta(name: str, **settings) -> NAT:
         return timm.create_model(name, **settings)
 
 
+def test_models_run_on_the_meta_device() -> None:
+    model = meta("dinat_tiny")
+    assert model(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1000)
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_and_flops_are_the_published_ones(name: str) -> None:
     model = meta(name)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vistoken.errors import ScheduleError
 from vistoken.flops import count_macs, softmax_attention
+from vistoken.kernels.dispatch import autocasts
 from vistoken.methods.base import Method, as_blocks, require
 from vistoken.schedule import Schedule
 from vistoken.shape import ModelShape
@@ -154,7 +155,7 @@ class SparseAttention(Method):
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors in the type that fused attention computes in under autocast."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
+    if not autocasts(kind) or tensors[0].dtype == torch.float64:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t.to(dtype) for t in tensors)
