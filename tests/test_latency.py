@@ -328,6 +328,47 @@ def test_cache_is_used_and_rebuilt(tmp_path, monkeypatch):
     assert table_path(first.case).is_absolute()
 
 
+def cases(*probed):
+    """Cases of models with a method each; a table of one serves no other."""
+    found = [Probe(model, None, 1, method, None, 2).case for model, method in probed]
+    assert len({table_path(case) for case in found}) == len(set(found))
+    return set(found)
+
+
+def test_models_and_settings_that_take_other_times_share_no_table():
+    def model(**more):
+        return timm.create_model(
+            "vit_tiny_patch16_224", embed_dim=32, num_heads=2, depth=2, num_classes=5, **more
+        ).eval()
+
+    assert len(cases(*((tiny(), f"tome:r={r}") for r in (1, 2)))) == 1, "of any budget"
+    sizes = ((64, 16), (256, 64), (128, 32))
+    assert len(cases(*((model(img_size=n, patch_size=p), "tome:r=2") for n, p in sizes))) == 3
+    image = torch.zeros(1, 3, 48, 48)
+    overlap = [model(img_size=48) for _ in range(2)]
+    overlap[1].patch_embed.proj = torch.nn.Conv2d(3, 32, 18, 16, padding=1)
+    assert len({Probe(m, image, None, "tome:r=2", None, 2).case for m in overlap}) == 2
+    heads = [model(img_size=48) for _ in range(2)]
+    heads[1].reset_classifier(1000)
+    assert len(cases(*((m, "tome:r=2") for m in heads))) == 2
+    fused = (EViT(0.5, (1,), fuse=fuse) for fuse in (True, False))
+    assert len(cases(*((tiny(), method) for method in fused))) == 2
+
+
+@pytest.mark.parametrize("count", [999, 0, -3, 198])
+def test_counts_that_no_block_can_leave_are_refused(count):
+    table = made_up()
+    with pytest.raises(ScheduleError, match=f"^{count} tokens cannot leave .* between 1 and the 1"):
+        table.predict([150, 100, count, 60])
+
+
+def test_cost_takes_integers():
+    table, counts = made_up(), [150, 100, 80, 60]
+    cost = table.cost(torch.tensor(counts))
+    assert cost.dtype == torch.float64
+    assert cost.item() == table.predict(counts)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -86,7 +86,8 @@ class LatencyTable:
         """Milliseconds of one batch under a schedule, or under counts that leave each block.
 
         Raises:
-            ScheduleError: another number of blocks or of tokens than the model has.
+            ScheduleError: another number of blocks or of tokens than the model has, or counts that
+                no block of it can leave.
         """
         if isinstance(schedule, Schedule):
             if schedule.tokens != self.shape.tokens:
@@ -95,13 +96,19 @@ class LatencyTable:
                     f"{self.shape.tokens}"
                 )
             schedule = schedule.kept
+        wrong = [n for n in schedule if not 1 <= n <= self.shape.tokens]
+        if wrong:
+            raise ScheduleError(
+                f"{wrong[0]} tokens cannot leave a block: counts must lie between 1 and the "
+                f"{self.shape.tokens} tokens of the table's model"
+            )
         return float(self.cost(torch.tensor(schedule, dtype=torch.float64)))
 
     def cost(self, kept: Tensor) -> Tensor:
         """`predict` with a gradient: linear between the measured counts, constant below the first.
 
         Args:
-            kept: tokens that leave each block, `[..., depth]` of a floating type.
+            kept: tokens that leave each block, `[..., depth]`; integers count in float64.
 
         Returns:
             Milliseconds `[...]`. Whether a block reduces at all is a step without gradient.
@@ -114,6 +121,7 @@ class LatencyTable:
                 f"{kept.shape[-1]} counts were given, the table's model has {self.shape.depth} "
                 "blocks"
             )
+        kept = kept if kept.is_floating_point() else kept.double()
         first = torch.full_like(kept[..., :1], self.shape.tokens)
         entering = torch.cat([first, kept[..., :-1]], -1)
         reduces = (kept < entering).to(kept.dtype)

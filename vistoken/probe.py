@@ -7,6 +7,7 @@ keeping all tokens, wrapped and reducing, and wrapped with next to nothing left 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -38,6 +39,9 @@ MOST_COUNTS = 32
 TYPICAL_SHARES = (0.7, 0.8, 0.9, 0.95)
 """Shares of the dense cost at which a method known by name is timed, the first within reach."""
 
+BUDGET = ("r", "keep_rate", "gflops", "model", "schedule", "at", "round_to")
+"""Settings that say how much a method removes; a table serves all of their values."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -51,6 +55,9 @@ class Case:
         dtype, batch, device, mode: how it ran; the device's name includes a CPU's threads.
         method, proportional: what reduced the tokens.
         step: distance of the token counts.
+        image, patch: height and width in pixels, as `224x224`.
+        outside: parameters outside the blocks.
+        settings: of the method, without its budget.
     """
 
     host: str
@@ -69,6 +76,10 @@ class Case:
     method: str
     proportional: bool
     step: int
+    image: str = ""
+    patch: str = ""
+    outside: int = 0
+    settings: str = ""
 
 
 class Probe:
@@ -89,9 +100,9 @@ class Probe:
         self.model, self.spec, host = model, backbone.spec, backbone.host
         weight = next(host.parameters())
         self.device, dtype = weight.device, weight.dtype
+        conv: Any = lookup(host, self.spec.patch)
         if images is None:
             rows, cols = backbone.shape.grid
-            conv: Any = lookup(host, self.spec.patch)
             height, width = rows * conv.stride[0], cols * conv.stride[1]
             at_least("batch", 1 if batch is None else batch)
             images = torch.zeros(batch or 1, conv.in_channels, height, width).to(weight)
@@ -130,7 +141,7 @@ class Probe:
             heads=int(next((n for n in heads if isinstance(n, int)), 0)),
             hidden=cost.mlp_linear // (2 * shape.width),
             depth=shape.depth,
-            parameters=sum(p.numel() for p in block.parameters()),
+            parameters=parameters(block),
             tokens=shape.tokens,
             prefix=shape.prefix,
             dtype=str(dtype).removeprefix("torch."),
@@ -140,6 +151,10 @@ class Probe:
             method=self.method.name,
             proportional=self.method.proportional,
             step=step,
+            image=f"{size[0]}x{size[1]}",
+            patch=f"{conv.kernel_size[0]}x{conv.kernel_size[1]}",
+            outside=parameters(host) - sum(parameters(part) for part in backbone.blocks),
+            settings=settings(self.method),
         )
 
     def _method(self, given: Method | str | None) -> Method:
@@ -347,6 +362,17 @@ def patch_embedding(host: nn.Module, spec: BlockSpec, images: Tensor) -> object:
     """The host's patch convolution, as it stands in the model."""
     conv: Any = lookup(host, spec.patch)
     return conv(images.to(conv.weight.dtype))
+
+
+def parameters(module: nn.Module) -> int:
+    """How many parameters a module has."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def settings(method: Method) -> str:
+    """A method's settings without its budget."""
+    fields = (field.name for field in dataclasses.fields(method) if field.name not in BUDGET)
+    return ",".join(f"{name}={getattr(method, name)}" for name in fields)
 
 
 def hand_on(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
