@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vistoken.errors import ConfigError
 from vistoken.kernels import routing_ops as ops
+from vistoken.kernels.dispatch import autocasts
 from vistoken.kernels.routing_regions import Routing, Sides, count_regions
 
 PADS = ("mask", "attend")
@@ -164,7 +165,7 @@ def two(name: str, value: int | Sequence[int]) -> Sides:
 def _autocast(q: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """All tensors in the autocast type, where one is active."""
     kind = q.device.type
-    if not torch.is_autocast_enabled(kind) or q.dtype == torch.float64:
+    if not autocasts(kind) or q.dtype == torch.float64:
         return (q, *others)
     dtype = torch.get_autocast_dtype(kind)
     return tuple(None if x is None else x.to(dtype) for x in (q, *others))

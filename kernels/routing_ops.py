@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vistoken.kernels import routing_reference as reference
-from vistoken.kernels.dispatch import ANY, use_triton
+from vistoken.kernels.dispatch import ANY, as_given, use_triton
 from vistoken.kernels.neighborhood_reference import wide_type
 from vistoken.kernels.routing_regions import Routing
 
@@ -53,7 +53,8 @@ def routed(
         from vistoken.kernels import triton_routing
 
         return triton_routing.forward(*given, scale)
-    return reference.forward(*given, scale)
+    with as_given(q.device.type):
+        return reference.forward(*given, scale)
 
 
 @routed.register_fake
@@ -84,12 +85,13 @@ def routed_backward(
     """Gradients of q, k, v, extra_k and extra_v; empty for those that were not given."""
     routing = _routing(q_size, k_size, pads, causal)
     given = (grad, grad_lse, q, k, v, out, lse, index, counts, extra_k, extra_v, routing, scale)
-    if triton_runs(q, v):
-        from vistoken.kernels import triton_routing_gradients
+    with as_given(q.device.type):
+        if triton_runs(q, v):
+            from vistoken.kernels import triton_routing_gradients
 
-        grads = triton_routing_gradients.backward(*given)
-    else:
-        grads = reference.backward(*given)
+            grads = triton_routing_gradients.backward(*given)
+        else:
+            grads = reference.backward(*given)
     dq, dk, dv, dek, dev = (q.new_empty(0) if g is None else g for g in grads)
     return dq, dk, dv, dek, dev
 

@@ -94,18 +94,27 @@ def region_means(x: Tensor, size: Sides) -> Tensor:
     return pooled.flatten(2).transpose(1, 2).to(wide)
 
 
-def route(q: Tensor, k: Tensor, size: Sides, topk: int) -> Tensor:
+def route(q: Tensor, k: Tensor, size: Sides, topk: int, per_head: bool = False) -> Tensor:
     """The regions that each region's queries attend: those whose mean key fits their mean query.
 
     Args:
-        q: queries `[B, X, Y, C]`, all heads side by side.
-        k: keys, like q.
+        q: queries `[B, X, Y, H, D]`.
+        k: keys `[B, X, Y, Hk, D]`, Hk a divisor of H.
         size: rows and columns of a region.
         topk: regions per list; all of them where there are fewer.
+        per_head: whether every head has lists of its own, by its own part of the means.
 
     Returns:
-        `[B, R, topk]` int32 without gradient (Zhu et al., CVPR 2023, section 3.2).
+        `[B, H or 1, R, topk]` int32 without gradient (Zhu et al., CVPR 2023, section 3.2).
     """
     with torch.no_grad():
-        scores = region_means(q.detach(), size) @ region_means(k.detach(), size).transpose(1, 2)
-        return scores.topk(min(topk, scores.shape[-1]), dim=-1).indices.int()
+        heads, key_heads = q.shape[-2], k.shape[-2]
+        mean_q = region_means(q.detach().flatten(-2), size).unflatten(-1, (heads, -1))
+        mean_k = region_means(k.detach().flatten(-2), size).unflatten(-1, (key_heads, -1))
+        mean_k = mean_k.repeat_interleave(heads // key_heads, 2)
+        if per_head:
+            scores = mean_q.transpose(1, 2) @ mean_k.permute(0, 2, 3, 1)
+        else:
+            scores = (mean_q.flatten(2) @ mean_k.flatten(2).transpose(1, 2))[:, None]
+        index: Tensor = scores.topk(min(topk, scores.shape[-1]), dim=-1).indices.int()
+        return index

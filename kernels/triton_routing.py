@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vistoken.kernels.dispatch import on_device
 from vistoken.kernels.routing_regions import Routing
 from vistoken.kernels.routing_tiles import Tile
 from vistoken.kernels.triton_neighborhood import add_keys, extra_block
@@ -44,6 +45,8 @@ def _forward(
     WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    if WIDE:
+        h = h.to(tl.int64)
     region, px, py, inside = own_tile(nx, ny, size_x, size_y, tile_x, tile_y, BM)
     regions = tl.cdiv(nx, size_x) * tl.cdiv(ny, size_y)
     across, parts_y = tl.cdiv(my, part_y), tl.cdiv(part_y, step_y)
@@ -106,6 +109,7 @@ def _forward(
     tl.store(lse_ptr + entry + row, norm, mask=inside)
 
 
+@on_device
 def forward(
     q: Tensor,
     k: Tensor,

@@ -34,6 +34,8 @@ def _query(
     WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    if WIDE:
+        h = h.to(tl.int64)
     region, px, py, inside = own_tile(nx, ny, size_x, size_y, tile_x, tile_y, BM)
     regions = tl.cdiv(nx, size_x) * tl.cdiv(ny, size_y)
     across, parts_y = tl.cdiv(my, part_y), tl.cdiv(part_y, step_y)
@@ -109,6 +111,8 @@ def _key(
     WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     hk, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    if WIDE:
+        hk = hk.to(tl.int64)
     region, px, py, inside = own_tile(nx, ny, size_x, size_y, tile_x, tile_y, BM)
     regions = tl.cdiv(nx, size_x) * tl.cdiv(ny, size_y)
     across, parts_y = tl.cdiv(my, part_y), tl.cdiv(part_y, step_y)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vistoken.kernels.dispatch import on_device
 from vistoken.kernels.routing_reference import Grads
 from vistoken.kernels.routing_regions import Routing, count_regions, inverse_lists
 from vistoken.kernels.routing_tiles import Tile
@@ -20,6 +21,7 @@ from vistoken.kernels.triton_routing_launch import (
 )
 
 
+@on_device
 def backward(
     grad: Tensor,
     grad_lse: Tensor | None,

@@ -29,6 +29,7 @@ from vistoken.graphs import Graphed, compile
 from vistoken.latency import LatencyTable
 from vistoken.methods import (
     MCTF,
+    BiLevelRouting,
     DiffRate,
     EViT,
     Method,
@@ -62,6 +63,7 @@ __all__ = [
     "AlreadyWrappedError",
     "Assignment",
     "BackendUnavailableError",
+    "BiLevelRouting",
     "ConfigError",
     "DiffRate",
     "EViT",

@@ -223,10 +223,18 @@ def test_region_means_and_routing(grid, size):
     ]  # fmt: skip
     torch.testing.assert_close(region_means(q, size), means[0])
     scores = means[0] @ means[1].transpose(1, 2)
-    found = route(q, k, size, 3)
+    heads = [x.unflatten(-1, (3, 2)) for x in (q, k)]
+    found = route(*heads, size, 3)
     assert found.dtype == torch.int32 and not found.requires_grad
-    assert torch.equal(found.long(), scores.topk(min(3, total)).indices)
-    assert route(q, k, size, 99).shape == (2, total, total)
+    assert torch.equal(found[:, 0].long(), scores.topk(min(3, total)).indices)
+    assert route(*heads, size, 99).shape == (2, 1, total, total)
+    own = route(*heads, size, 1, per_head=True)
+    for head in range(3):
+        part = slice(2 * head, 2 * head + 2)
+        scores = means[0][..., part] @ means[1][..., part].transpose(1, 2)
+        assert torch.equal(own[:, head, :, 0].long(), scores.argmax(-1))
+    few = route(heads[0], heads[1][..., :1, :], size, 2)
+    assert torch.equal(few, route(heads[0], heads[1][..., :1, :].expand_as(heads[0]), size, 2))
 
 
 def test_float32_stays_close_and_half_computes_in_float32():
@@ -247,6 +255,14 @@ def test_autocast():
     assert out.dtype == torch.bfloat16
 
 
+def test_meta_tensors():
+    q, k, v = (torch.empty(1, 5, 6, 2, 8, device="meta", requires_grad=True) for _ in range(3))
+    index = torch.empty(1, 9, 2, dtype=torch.long, device="meta")
+    out = routed_attention(q, k, v, index, 2)
+    assert out.shape == q.shape and out.is_meta
+    assert torch.autograd.grad(out.sum(), k)[0].shape == k.shape
+
+
 def test_operator_checks_pass():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 4, 6, 2, 4, requires_grad=True) for _ in range(3))
@@ -262,7 +278,7 @@ def test_compiles_without_graph_break_and_exports():
 
     class Call(torch.nn.Module):
         def forward(self, q, k, v):
-            index = route(q.flatten(-2), k.flatten(-2), (2, 2), 2)
+            index = route(q, k, (2, 2), 2)
             return routed_attention(q, k, v, index, 2, pad_keys="attend")
 
     plain = Call()(q, k, v)

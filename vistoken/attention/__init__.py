@@ -5,5 +5,11 @@ from vistoken.attention.neighborhood import (
     NeighborhoodAttention2D,
     NeighborhoodAttention3D,
 )
+from vistoken.attention.routing import BiLevelRoutingAttention
 
-__all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
+__all__ = [
+    "BiLevelRoutingAttention",
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
+]

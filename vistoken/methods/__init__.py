@@ -16,6 +16,7 @@ from vistoken.methods.evit import EViT
 from vistoken.methods.hosted import HostedAttachment, HostedMethod, hosted_methods
 from vistoken.methods.mctf import MCTF
 from vistoken.methods.neighborhood import NeighborhoodAttention
+from vistoken.methods.routing import BiLevelRouting
 from vistoken.methods.sparse import SparseAttention
 from vistoken.methods.tofu import ToFu
 from vistoken.methods.tome import ToMe
@@ -25,6 +26,7 @@ __all__ = [
     "ATTENTIONS",
     "MCTF",
     "METHODS",
+    "BiLevelRouting",
     "DiffRate",
     "EViT",
     "Features",
@@ -48,7 +50,9 @@ METHODS: dict[str, type[Method]] = {
 }
 """Every method that reduces tokens, by its command-line name."""
 
-ATTENTIONS: dict[str, type[SparseAttention]] = {cls.name: cls for cls in (NeighborhoodAttention,)}
+ATTENTIONS: dict[str, type[SparseAttention]] = {
+    cls.name: cls for cls in (NeighborhoodAttention, BiLevelRouting)
+}
 """Every method that replaces attention, by its command-line name."""
 
 
