@@ -81,17 +81,28 @@ def inverse_lists(index: Tensor, counts: Tensor | None, total: int) -> tuple[Ten
 
 
 def region_means(x: Tensor, size: Sides) -> Tensor:
-    """Mean of every region's tokens, `[B, X, Y, C]` to float32 `[B, R, C]`; ragged ones have fewer.
+    """Mean of every region's tokens, `[B, X, Y, ...]` to float32 `[B, R, ...]`.
 
-    float64 stays float64.
+    Ragged regions average what they have. float64 stays float64. Sums run over the tensor where it
+    lies: pooling operators would copy it first.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    maps = x.permute(0, 3, 1, 2)
-    if all(n % s == 0 for n, s in zip(maps.shape[2:], size, strict=True)):
-        pooled = F.avg_pool2d(maps, size)
+    rows, columns = count_regions((x.shape[1], x.shape[2]), size)
+    bottom, right = rows * size[0] - x.shape[1], columns * size[1] - x.shape[2]
+    if bottom or right:
+        whole = (0, 0) * (x.dim() - 3)
+        sums = F.pad(x, (*whole, 0, right, 0, bottom))
     else:
-        pooled = F.avg_pool2d(maps, size, ceil_mode=True, count_include_pad=False)
-    return pooled.flatten(2).transpose(1, 2).to(wide)
+        sums = x
+    sums = sums.unflatten(2, (columns, size[1])).unflatten(1, (rows, size[0]))
+    sums = sums.sum((2, 4), dtype=wide)
+    high, long = (
+        (length - torch.arange(count, device=x.device) * side).clamp(max=side)
+        for length, count, side in zip(x.shape[1:3], (rows, columns), size, strict=True)
+    )
+    counts = (high[:, None] * long).to(wide)
+    means: Tensor = sums / counts.view(rows, columns, *(1,) * (x.dim() - 3))
+    return means.flatten(1, 2)
 
 
 def route(q: Tensor, k: Tensor, size: Sides, topk: int, per_head: bool = False) -> Tensor:
@@ -108,10 +119,8 @@ def route(q: Tensor, k: Tensor, size: Sides, topk: int, per_head: bool = False) 
         `[B, H or 1, R, topk]` int32 without gradient (Zhu et al., CVPR 2023, section 3.2).
     """
     with torch.no_grad():
-        heads, key_heads = q.shape[-2], k.shape[-2]
-        mean_q = region_means(q.detach().flatten(-2), size).unflatten(-1, (heads, -1))
-        mean_k = region_means(k.detach().flatten(-2), size).unflatten(-1, (key_heads, -1))
-        mean_k = mean_k.repeat_interleave(heads // key_heads, 2)
+        mean_q, mean_k = region_means(q.detach(), size), region_means(k.detach(), size)
+        mean_k = mean_k.repeat_interleave(q.shape[-2] // k.shape[-2], 2)
         if per_head:
             scores = mean_q.transpose(1, 2) @ mean_k.permute(0, 2, 3, 1)
         else:

@@ -1,6 +1,7 @@
 """Pictures of what a method did to an image's tokens, and of which patches attend to which."""
 
+from vistoken.view.regions import draw_regions
 from vistoken.view.tokens import View, draw, look
 from vistoken.view.windows import Query, draw_windows
 
-__all__ = ["Query", "View", "draw", "draw_windows", "look"]
+__all__ = ["Query", "View", "draw", "draw_regions", "draw_windows", "look"]
