@@ -183,7 +183,7 @@ def test_text_alone(llava):
         {"temperature": 0.0, "do_sample": True}, {"top_p": 0.0, "do_sample": True},
         {"top_k": -1, "do_sample": True}, {"streamer": object()}, {"min_new_tokens": 3},
     ],
-    ids=str,
+    ids=lambda settings: "-".join(settings),
 )  # fmt: skip
 def test_what_is_not_carried_is_named(llava, settings):
     fast = vistoken.accelerate(llava, max_new_tokens=NEW)
