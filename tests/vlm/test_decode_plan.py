@@ -93,3 +93,7 @@ def test_words_name_every_product():
     assert describe(Plan()) == ""
     plan = replace(START, gate=None)
     assert describe(plan) == " (qkv 4x64w1, back 4x64w1, gate torch, head 4x64w1, early)"
+
+
+def test_large_batches_are_checked_inside_the_cache(parts):
+    assert choose_plan(parts, 150) == (Plan(), "fused chain")

@@ -184,7 +184,7 @@ def layer_error(parts: Parts, layer: Any, plan: Plan, batch: int = 2, tokens: in
         return values.to(weight.dtype)
 
     x, buffers = draw(batch, weight.shape[1]), draw(2, batch, groups, 2 * tokens, dim)
-    lengths = torch.arange(tokens, tokens + batch, device=weight.device)
+    lengths = tokens + torch.arange(batch, device=weight.device) % tokens
     tables = parts.decoder.rotary_emb(x[:, None], lengths[:, None])
     mask = torch.arange(2 * tokens, device=weight.device) <= lengths[:, None]
     index = layer.self_attn.layer_idx
