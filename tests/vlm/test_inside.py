@@ -321,3 +321,30 @@ def test_what_cannot_work_raises():
     for bad in ("fastv:layer=0", "fastv:budget=2", "pyramiddrop:budgets=[0.2,0.5]"):
         with pytest.raises(ConfigError, match="must be"):
             vistoken.parse(bad)
+
+
+@torch.no_grad()
+def test_trainers_divide_the_loss_by_their_own_count():
+    model = vistoken.wrap(build(), "fastv:budget=0.5,layer=2")
+    inputs = inputs_of(model, [[(40, 56)]])
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == m.IMAGE, -100)
+    count = int((labels[:, 1:] != -100).sum())
+    loss = model(**inputs, labels=labels).loss
+    got = model(**inputs, labels=labels, num_items_in_batch=torch.tensor(10 * count)).loss
+    torch.testing.assert_close(got, loss / 10)
+
+
+@torch.no_grad()
+def test_tuples_carry_the_same_loss_and_cache():
+    model = vistoken.wrap(build(), "fastv:budget=0.5,layer=2")
+    inputs = inputs_of(model, ROWS)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(len(ROWS), 1).long()], 1)
+    step = {
+        "input_ids": torch.full((len(ROWS), 1), 5), "attention_mask": mask,
+        "position_ids": mask.sum(1, keepdim=True) - 1,
+    }  # fmt: skip
+    named = model(**inputs, labels=inputs["input_ids"])
+    loss, logits, cache = model(**inputs, labels=inputs["input_ids"], return_dict=False)[:3]
+    assert torch.equal(loss, named.loss) and torch.equal(logits, named.logits)
+    after = model(**step, past_key_values=named.past_key_values).logits
+    assert torch.equal(model(**step, past_key_values=cache).logits, after)

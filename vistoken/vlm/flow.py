@@ -324,18 +324,25 @@ class Finish:
 
     decoder: Decoder
 
-    def __call__(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def __call__(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         flow, self.decoder.flow = self.decoder.flow, None
         if flow is None:
-            return
-        cache = getattr(output, "past_key_values", None)
-        if cache is not None:
-            setattr(cache, NOTE, flow.notes)
-        if flow.labels is not None:
-            size = self.decoder.host.base.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-            output.loss = module.loss_function(
-                logits=output.logits, labels=flow.labels, vocab_size=size
-            )
+            return None
+        plain = isinstance(output, tuple)  # return_dict=False
+        for value in output if plain else (getattr(output, "past_key_values", None),):
+            if hasattr(value, "get_query_offset"):
+                setattr(value, NOTE, flow.notes)
+        if flow.labels is None:
+            return None
+        size = self.decoder.host.base.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+        # A trainer that accumulates gradients says by how many labels the sum is divided.
+        total = {n: kwargs[n] for n in ("num_items_in_batch",) if kwargs.get(n) is not None}
+        logits = output[0] if plain else output.logits
+        loss = module.loss_function(logits=logits, labels=flow.labels, vocab_size=size, **total)
+        if plain:
+            return (loss, *output)
+        output.loss = loss
+        return None
 
 
 @dataclass
