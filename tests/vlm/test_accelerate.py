@@ -303,3 +303,21 @@ def test_cut_keeps_the_last_end():
 def test_defaults_are_those_of_transformers(llava):
     sampling = read_sampling(llava.generation_config, {"do_sample": True, "eos_token_id": [3, -1]})
     assert sampling == Sampling(True, 1.0, 50, 1.0, (3,), PAD)
+
+
+def test_unknown_names_are_refused_as_generate_does(llava):
+    fast = vistoken.accelerate(llava, max_new_tokens=2)
+    with pytest.raises(ConfigError, match="temprature"):
+        fast.generate(**batch_of(llava, [4]), temprature=0.5)
+
+
+def test_methods_that_keep_everything_are_carried_and_the_others_tell_what_they_cut():
+    model = make_llava()
+    inputs = batch_of(model, [4])
+    wanted = plain(model, inputs, 2)
+    fast = vistoken.accelerate(model, "fastv:budget=1,layer=1", max_new_tokens=2)
+    assert torch.equal(fast.generate(**inputs), wanted)
+    vistoken.unwrap(model)
+    vistoken.wrap(model, "random_tokens:budget=0.5")
+    fast.generate(**inputs)
+    assert vistoken.info(model).images == ((16, 8),)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -91,13 +92,14 @@ class Accelerated:
             `[B, L + T]` int64.
 
         Raises:
-            ConfigError: a generation setting that this path does not carry.
+            ConfigError: a generation setting that this path does not carry, or an unknown name.
             UnsupportedMethodError: the model is wrapped with a method that drops tokens inside the
                 language model.
         """
         check_method(getattr(self.model.__dict__.get(KEY), "method", None))
         count = self._count(max_new_tokens)
         sampling = read_sampling(self.model.generation_config, inputs)
+        check_names(self.model, inputs)
         ids = inputs.get("input_ids")
         if not isinstance(ids, Tensor):
             raise ConfigError("input_ids: must be given as a tensor [B, L]")
@@ -199,6 +201,16 @@ def check_method(method: Any) -> None:
             f"{method.name} drops tokens inside the language model, whose layers then differ in "
             "length; accelerate carries methods that cut before it; use model.generate"
         )
+
+
+def check_names(model: Any, inputs: dict[str, Any]) -> None:
+    """Raise `ConfigError` for arguments that neither the model nor its generation knows."""
+    known = {"token_type_ids", "mm_token_type_ids"}
+    for function in (model.forward, model.base_model.get_image_features):
+        known.update(inspect.signature(function).parameters)
+    unknown = [n for n in inputs if n not in known and not hasattr(model.generation_config, n)]
+    if unknown:
+        raise ConfigError(f"{', '.join(unknown)}: no argument of this model's generate")
 
 
 def read_sampling(config: Any, inputs: dict[str, Any]) -> Sampling:

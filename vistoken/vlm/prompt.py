@@ -71,16 +71,20 @@ def prepare(model: nn.Module, inputs: dict[str, Any]) -> Prepared:
             that drops tokens inside the language model.
         UnsupportedBackboneError: no vision-language model of a known family.
     """
-    attachment = model.__dict__.get("_vistoken")
+    attachment: Any = model.__dict__.get("_vistoken")
     host = getattr(attachment, "host", None)
     host = host if isinstance(host, LanguageHost) else find_language(model)
-    if attachment is not None and getattr(attachment, "decoder", None) is not None:
+    if getattr(attachment, "decoder", None) is not None and attachment.handles:
         raise UnsupportedMethodError(
             f"{attachment.method.to_string()} drops tokens inside the language model; only "
             "methods that cut the prompt before it can be prepared"
         )
     positions: Positions = getattr(attachment, "positions", "compact")
-    return shorten_prompt(host, inputs, positions, getattr(attachment, "reduces", False))
+    reduces = getattr(attachment, "reduces", False)
+    prepared = shorten_prompt(host, inputs, positions, reduces)
+    if reduces:
+        attachment.counts = prepared.images
+    return prepared
 
 
 def shorten_prompt(
