@@ -84,3 +84,10 @@ def test_wrong_options_are_refused(words, capsys):
 def test_a_model_or_a_size_is_needed(capsys):
     assert main(["bench-vlm"]) == 2
     assert "--random" in capsys.readouterr().err
+
+
+def test_methods_inside_the_language_model_are_timed(tmp_path):
+    words = ["--skip-dense", "--method", "fastv:budget=0.5,layer=1", "--mode", "eager"]
+    row = run(tmp_path, *words, "--mode", "graph")["rows"]
+    assert (row[0]["prompt"], row[0]["image_tokens"], row[0]["tokens"]) == (138, 88, 44)
+    assert "drops tokens inside" in row[1]["error"]

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vistoken.api import info, unwrap, wrap
+from vistoken.methods import parse
 from vistoken.vlm.accelerate import accelerate
+from vistoken.vlm.inside import LayerMethod
 from vistoken.vlm.prompt import prepare
 
 LEAST, MOST = 2, 50
@@ -42,8 +45,6 @@ class Case:
 
 def measure_row(model: Any, inputs: dict[str, Any], images: int, case: Case) -> dict[str, Any]:
     """Numbers of one case, or `error`; the model is as before afterwards."""
-    from vistoken.api import unwrap, wrap
-
     wrapped = False
     try:
         if case.method is not None:
@@ -65,11 +66,11 @@ def measure_row(model: Any, inputs: dict[str, Any], images: int, case: Case) -> 
 
 def _measure(model: Any, inputs: dict[str, Any], images: int, case: Case) -> dict[str, Any]:
     device = inputs["input_ids"].device
-    with torch.no_grad():
-        prepared = prepare(model, inputs)
-    entering = prepared.inputs_embeds.shape[1]
-    prompt = inputs["input_ids"].shape[1]
-    del prepared
+    entering = prompt = inputs["input_ids"].shape[1]
+    inside = case.method is not None and isinstance(parse(case.method), LayerMethod)
+    if not inside:
+        with torch.no_grad():
+            entering = prepare(model, inputs).inputs_embeds.shape[1]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     run, say = _runner(model, inputs, case)
@@ -81,11 +82,14 @@ def _measure(model: Any, inputs: dict[str, Any], images: int, case: Case) -> dic
     whole = _time(lambda: run(case.new_tokens), device, case.seconds * 0.7)
     first = _time(lambda: run(1), device, case.seconds * 0.3)
     cuda = device.type == "cuda"
+    # A method inside the language model says what is left in the last layers.
+    ends = [after for _, after in info(model).images] if inside else []
+    left = min(ends, default=images - (prompt - entering))
     return {
         "ms": whole, "first_ms": first, "decode_ms": (whole - first) / (case.new_tokens - 1),
         "per_second": 1000 * case.batch * case.new_tokens / whole, "ready_s": ready,
         "peak_mib": torch.cuda.max_memory_reserved(device) / 2**20 if cuda else 0.0,
-        "prompt": entering, "image_tokens": images, "tokens": images - (prompt - entering),
+        "prompt": entering, "image_tokens": images, "tokens": left,
         "new_tokens": case.new_tokens, "execution": say(),
         "first_ids": ids[0, prompt : prompt + 16].tolist(),
     }  # fmt: skip
