@@ -7,7 +7,9 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ pytest.importorskip("lightning")
 pytest.importorskip("jsonargparse")
 
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import DDPStrategy
 
 import vistoken
@@ -26,6 +29,8 @@ from vistoken.schedule import Schedule
 from vistoken.train.backbone import make_backbone
 from vistoken.train.images import ImagesData
 from vistoken.train.learn import RateLearning
+from vistoken.train.report import DataWait
+from vistoken.train.schedules import time_progress
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "rates"
 TINY = {"img_size": 48, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
@@ -235,3 +240,50 @@ def test_wrong_requests_are_refused_before_the_run(options, error, word) -> None
     with pytest.raises(error, match=word):
         module = RateLearning("deit_tiny_patch16_224", num_classes=2, model_args=TINY, **options)
         module.setup("fit")
+
+
+def test_a_start_that_drops_tokens_in_blocks_not_learned_waits_for_the_next(tmp_path: Path) -> None:
+    module = RateLearning(
+        "deit_tiny_patch16_224", num_classes=2, model_args=TINY, target_speedup=1.2, init="tome:r=4"
+    )
+    module.setup("fit")
+    assert module.rates.blocks == (1, 2)
+    assert module.rates.schedule().kept == (37, 29, 25)
+    Schedule(50, 1, ((50, 50), (40, 40), (30, 30))).save(tmp_path / "other.json")
+    other = RateLearning(
+        "deit_tiny_patch16_224", num_classes=2, model_args=TINY, target_speedup=1.2,
+        init=str(tmp_path / "other.json"),
+    )  # fmt: skip
+    with pytest.raises(ScheduleError, match="50 tokens"):
+        other.setup("fit")
+
+
+def test_every_process_follows_the_clock_of_the_first() -> None:
+    timer = Timer(timedelta(seconds=100))
+    timer._offset = 25.0
+    said: list[float] = []
+
+    def broadcast(value: float) -> float:
+        said.append(value)
+        return 0.5
+
+    trainer = SimpleNamespace(callbacks=[timer], strategy=SimpleNamespace(broadcast=broadcast))
+    assert time_progress(trainer) == 0.5
+    assert said == [pytest.approx(0.25)]
+
+
+def test_validation_is_no_part_of_the_wait_for_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, noted = [0.0], {}
+    monkeypatch.setattr("vistoken.train.report.time.perf_counter", lambda: clock[0])
+    module = SimpleNamespace(log=lambda name, value, **_: noted.update({name: value}))
+    wait = DataWait()
+    wait.on_train_epoch_start(None, module)
+    for _ in range(2):
+        clock[0] += 1.0
+        wait.on_train_batch_start(None, module, None, 0)
+        clock[0] += 3.0
+        wait.on_train_batch_end(None, module, None, None, 0)
+        clock[0] += 20.0
+        wait.on_validation_end(None, module)
+    wait.on_train_epoch_end(None, module)
+    assert noted == {"train/data_wait": pytest.approx(0.25)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -128,9 +129,12 @@ class Classifier(LightningModule):  # type: ignore[misc]
         )
         total = self.trainer.estimated_stepping_batches
 
+        @lru_cache(maxsize=1)  # Every group asks at each step, and processes agree on the answer.
+        def progress(step: int) -> float:
+            return max(float(step / total), time_progress(self.trainer))
+
         def factor(step: int) -> float:
-            progress = max(step / total, time_progress(self.trainer))
-            return cosine_factor(progress, self.hparams["warmup"])
+            return cosine_factor(progress(step), self.hparams["warmup"])
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -167,13 +168,15 @@ class RateLearning(LightningModule):  # type: ignore[misc]
             self.cost = self._make_cost().to(self.device)
             self.target = resolve_target(self.cost, given["target_gflops"], given["target_speedup"])
             check_reachable(self.cost, self.rates, self.target)
-            start = None
+            shape = self.rates.shape
             if given["init"] == "target":
-                start = within(self.cost.closest(self.target), self.rates)
+                start: Schedule | None = self.cost.closest(self.target)
             else:
-                start = initial_schedule(self.rates.shape, given["init"])
+                start = initial_schedule(shape, given["init"])
             if start is not None:
-                self.rates.load(start)
+                # Counts of another model are left as they are, for `load` to refuse.
+                fits = (start.tokens, start.depth) == (shape.tokens, shape.depth)
+                self.rates.load(within(start, self.rates) if fits else start)
 
     def _make_cost(self) -> Cost:
         """The cost model; a latency table is measured by one process for all."""
@@ -217,6 +220,7 @@ class RateLearning(LightningModule):  # type: ignore[misc]
         optimizer = torch.optim.AdamW(groups)
         total = max(1.0, float(self.trainer.estimated_stepping_batches))
 
+        @lru_cache(maxsize=1)  # Every group asks at each step, and processes agree on the answer.
         def progress(step: int) -> float:
             return max(step / total, time_progress(self.trainer))
 

@@ -114,6 +114,11 @@ class DataWait(Callback):  # type: ignore[misc]
         """The next wait begins."""
         self.ended = time.perf_counter()
 
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Validation, which runs inside the epoch, is neither work nor wait."""
+        pause = time.perf_counter() - self.ended
+        self.started, self.ended = self.started + pause, self.ended + pause
+
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Log the share."""
         whole = max(time.perf_counter() - self.started, 1e-9)

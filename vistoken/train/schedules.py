@@ -26,11 +26,14 @@ def cosine_factor(progress: float, warmup: float, floor: float = 0.01) -> float:
 
 
 def time_progress(trainer: Trainer) -> float:
-    """Return the share of `max_time` that is used up, 0 where the trainer has no time limit."""
+    """Return the share of `max_time` that is used up, 0 where the trainer has no time limit.
+
+    It is the first process's share: every process has its own clock, but one learning rate.
+    """
     for callback in trainer.callbacks:
-        if isinstance(callback, Timer):
-            remaining = callback.time_remaining()
+        remaining = callback.time_remaining() if isinstance(callback, Timer) else None
+        if remaining is not None:
             elapsed = callback.time_elapsed()
-            if remaining is not None and elapsed > 0:
-                return float(elapsed / max(elapsed + remaining, 1e-9))
+            share = elapsed / max(elapsed + remaining, 1e-9)
+            return float(trainer.strategy.broadcast(share))
     return 0.0
