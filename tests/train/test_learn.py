@@ -21,12 +21,14 @@ pytest.importorskip("jsonargparse")
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import DDPStrategy
+from torch.utils.data import IterableDataset
 
 import vistoken
 from vistoken.cli.train import main
 from vistoken.errors import ConfigError, ScheduleError
 from vistoken.schedule import Schedule
 from vistoken.train.backbone import make_backbone
+from vistoken.train.classifier import Classifier
 from vistoken.train.images import ImagesData
 from vistoken.train.learn import RateLearning
 from vistoken.train.report import DataWait
@@ -287,3 +289,30 @@ def test_validation_is_no_part_of_the_wait_for_data(monkeypatch: pytest.MonkeyPa
         wait.on_validation_end(None, module)
     wait.on_train_epoch_end(None, module)
     assert noted == {"train/data_wait": pytest.approx(0.25)}
+
+
+class Numbers(IterableDataset):
+    def __iter__(self):
+        return ((Image.new("RGB", (48, 48)), 0) for _ in range(100))
+
+
+@pytest.mark.parametrize(
+    ("workers", "subset", "fits"), [(0, 4, True), (0, 3, False), (2, 6, False)]
+)
+def test_a_subset_of_a_stream_fills_one_batch_of_every_reader(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, workers: int, subset: int, fits: bool
+) -> None:
+    data = ImagesData(
+        str(pictures), batch_size=4, num_workers=workers, subset=subset, image_size=48
+    )
+    monkeypatch.setattr(data, "_open", lambda training: Numbers())
+    if fits:
+        assert len(list(data.train_dataloader())) == 1
+    else:
+        with pytest.raises(ConfigError, match="fill one batch"):
+            data.train_dataloader()
+
+
+def test_the_embedded_model_takes_no_options_in_fine_tuning_either() -> None:
+    with pytest.raises(ConfigError, match="no options"):
+        Classifier("reference", model_args={"depth": 3})

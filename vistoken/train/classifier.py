@@ -65,7 +65,7 @@ class Classifier(LightningModule):  # type: ignore[misc]
         self.save_hyperparameters()
         options = {"drop_path_rate": drop_path, **(model_args or {})}
         if model_name == "reference":
-            options = {}
+            options = dict(model_args or {})  # Any is refused; stochastic depth is not for it.
         self.net = make_backbone(model_name, pretrained, checkpoint, num_classes, **options)
         self.net.train()
         if method is not None:

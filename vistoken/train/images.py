@@ -35,7 +35,8 @@ class ImagesData(LightningDataModule):  # type: ignore[misc]
         download: let data sets by name fetch themselves.
         batch_size: pictures a step and process.
         num_workers: processes that read pictures.
-        subset: learn on only this many pictures, the same in every epoch, chosen by `seed`.
+        subset: learn on only this many pictures, the same in every epoch, chosen by `seed`; of a
+            stream, on the first that come.
         val_subset: validate on only this many.
         image_size: side in pixels.
         mean: per-channel mean of the model's input.
@@ -153,6 +154,13 @@ class ImagesData(LightningDataModule):  # type: ignore[misc]
         if isinstance(source, IterableDataset):
             self._prepare_stream(source)
             share = None if limit is None else -(-limit // world)
+            each = None if share is None else -(-share // max(1, given["num_workers"]))
+            if training and each is not None and each < given["batch_size"]:
+                raise ConfigError(
+                    f"subset={limit}: each reader of the stream gets {each} pictures, which do not "
+                    f"fill one batch of {given['batch_size']}; take a larger subset, smaller "
+                    f"batches, or fewer than num_workers={given['num_workers']}"
+                )
             return DataLoader(Stream(source, transform, share), **options)
         if limit is not None and limit < len(source):
             order = torch.randperm(
