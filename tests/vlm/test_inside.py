@@ -348,3 +348,12 @@ def test_tuples_carry_the_same_loss_and_cache():
     assert torch.equal(loss, named.loss) and torch.equal(logits, named.logits)
     after = model(**step, past_key_values=named.past_key_values).logits
     assert torch.equal(model(**step, past_key_values=cache).logits, after)
+
+
+@pytest.mark.parametrize("method", [CASES[0], CASES[2]], ids=lambda c: c.to_string())
+@torch.no_grad()
+def test_padding_on_the_right_changes_nothing(method):
+    model = vistoken.wrap(build(), method)
+    assert torch.equal(
+        run(model, inputs_of(model, ROWS, "right"))[:, -NEW:], one_by_one(model, ROWS)
+    )

@@ -20,7 +20,7 @@ from vistoken.models.llava import LanguageHost
 from vistoken.vlm.choose import ranks
 from vistoken.vlm.inside import LayerMethod, Stages
 from vistoken.vlm.last_row import Keep, RowTap, check_decoder, last_place, last_row
-from vistoken.vlm.places import by_name, padding_of
+from vistoken.vlm.places import by_name, padding_of, user_positions
 
 NOTE = "_vistoken_columns"
 """Attribute of a cache: real columns `[B, n]` at its start, by stage; None for all."""
@@ -308,8 +308,12 @@ class Start:
         flow = self.decoder.flow
         if flow is None:
             _check_pieces(self.decoder.host, inputs)
-        if flow is None or flow.labels is None:
+        if flow is None:
             return None
+        if inputs.get("input_ids") is not None and inputs.get("position_ids") is not None:
+            inputs["position_ids"] = user_positions(self.decoder.host, inputs, inputs["input_ids"])
+        if flow.labels is None:
+            return (), inputs
         language: Any = self.decoder.host.base.language_model
         if getattr(language, "gradient_checkpointing", False) and module.training:
             raise UnsupportedMethodError(

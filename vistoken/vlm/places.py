@@ -91,9 +91,12 @@ def user_positions(host: LanguageHost, inputs: dict[str, Any], tokens: Tensor) -
     """
     given: Tensor | None = inputs.get("position_ids")
     batch, length = tokens.shape
-    if given is not None:
-        return given[..., -length:].expand(*given.shape[:-2], batch, length)
     cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+    if given is not None:
+        given = given[..., -length:].expand(*given.shape[:-2], batch, length)
+        if mask is None or mask.dim() != 2 or given.dim() != 2:
+            return given
+        return _behind_padding(given, mask)
     if host.spec.rotary_3d:
         found = _three_axes(host, inputs, tokens)
         if found is not None:
@@ -106,6 +109,20 @@ def user_positions(host: LanguageHost, inputs: dict[str, Any], tokens: Tensor) -
         positions = row.expand(batch, length)
     axes: Tensor = positions.expand(3, batch, length) if host.spec.rotary_3d else positions
     return axes
+
+
+def _behind_padding(given: Tensor, mask: Tensor) -> Tensor:
+    """Positions `[B, L]`, true also behind padding on the right, by the mask `[B, past + L]`.
+
+    `generate` numbers padding 0 and counts on from there, but numbers the next turn by the mask.
+    """
+    real = mask.long()
+    count = real.cumsum(-1)
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    pad = (columns * (1 - real)).amax(-1, keepdim=True)
+    inner = (real.gather(1, pad) == 0) & (count.gather(1, pad) > 0)
+    wrong = inner & (given == (columns - pad)[:, -given.shape[1] :])
+    return torch.where(wrong, count[:, -given.shape[1] :] - 1, given)
 
 
 def _three_axes(host: LanguageHost, inputs: dict[str, Any], tokens: Tensor) -> Tensor | None:
