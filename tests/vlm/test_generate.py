@@ -267,6 +267,25 @@ def test_second_turn_with_a_new_image(positions):
     assert torch.equal(going_on, run(model, {**text, **whole}))
 
 
+@pytest.mark.parametrize("method", ["hired:budget=0.3", "fastv:budget=0.5,layer=1"])
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@torch.no_grad()
+def test_second_turn_after_padding_on_either_side(method, positions):
+    if method.startswith("hired"):
+        method += f",positions={positions}"
+    model = vistoken.wrap(m.llava_next(), method)
+    found = []
+    for pad in ("left", "right"):
+        first = inputs_of(model, [[(56, 56)], [(28, 56)]], pad)
+        out = run(model, first, return_dict_in_generate=True)
+        ids = torch.cat([out.sequences, torch.tensor([m.words(4, 9), m.words(4, 10)])], 1)
+        mask = torch.cat([first["attention_mask"], torch.ones(2, NEW + 4, dtype=torch.long)], 1)
+        turn = {"input_ids": ids, "attention_mask": mask}
+        new = run(model, turn, past_key_values=out.past_key_values)[:, -2 * NEW - 4 :]
+        found.append(new)
+    assert torch.equal(*found)
+
+
 @torch.no_grad()
 def test_second_turn_of_a_padded_batch():
     model = vistoken.wrap(m.llava_next(), "hired:budget=0.3")
@@ -479,3 +498,16 @@ def test_swapped_images_of_equal_total_are_caught():
     inputs["pixel_values"] = inputs["pixel_values"].flip(0)
     with pytest.raises(ConfigError, match="in a row"):
         run(model, inputs)
+
+
+@torch.no_grad()
+def test_features_of_another_method_are_not_taken_for_its_own():
+    model = vistoken.wrap(m.llava_next(), "hired:budget=0.4")
+    inputs = inputs_of(model, [[(56, 56)]])
+    images = {n: inputs.pop(n) for n in ("pixel_values", "image_sizes")}
+    encoded = {"mm_encoder_outputs": {"image": model.model.get_image_features(**images)}}
+    vistoken.unwrap(model)
+    assert prepare(model, {**inputs, **encoded}).images == ((88, 88),)
+    vistoken.wrap(model, "random_tokens:budget=0.2")
+    with pytest.raises(UnsupportedMethodError, match="another method"):
+        run(model, {**inputs, **encoded})

@@ -18,7 +18,7 @@ from vistoken.vlm.flow import Decoder, make_decoder
 from vistoken.vlm.inside import LayerMethod
 from vistoken.vlm.layout import Layout, layout_of
 from vistoken.vlm.places import by_name, user_positions
-from vistoken.vlm.prompt import LAYERS, SIZES, TAG, Prepared, past_mask, shorten_prompt
+from vistoken.vlm.prompt import BY, LAYERS, SIZES, TAG, Prepared, past_mask, shorten_prompt
 from vistoken.vlm.rows import RowReader
 
 DROPPED = (
@@ -62,6 +62,7 @@ class Encoder:
             start += parts
             image = Image(one, layout.to(one.device), self.host.consumed, mine)
             setattr(one, TAG, self.method.reduce(image))
+            setattr(one, BY, self.method)
         output.pooler_output = features
         return output
 

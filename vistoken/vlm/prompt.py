@@ -19,6 +19,9 @@ from vistoken.vlm.places import find_places, padding_of, user_positions
 TAG = "_vistoken_reduced"
 """Attribute of an image's whole features that holds what a method left of them."""
 
+BY = "_vistoken_method"
+"""Attribute beside it: the method, for features may outlive what is on the model."""
+
 SIZES = ("image_sizes", "image_grid_thw", "batch_num_images", "vision_aspect_ratio")
 LAYERS = ("vision_feature_layer", "vision_feature_select_strategy")
 
@@ -217,13 +220,15 @@ def _encode(host: LanguageHost, inputs: dict[str, Any], reduces: bool) -> list[t
         known = inspect.signature(encode).parameters
         names = [n for n in (*SIZES, *LAYERS) if n in known and inputs.get(n) is not None]
         output = encode(pixels, **{name: inputs[name] for name in names}, return_dict=True)
+    method = getattr(host.base.__dict__.get("get_image_features"), "method", None)
     found = []
     for features in output.pooler_output:
-        reduced: Reduced | None = getattr(features, TAG, None)
+        ours = getattr(features, BY, None) == method
+        reduced: Reduced | None = getattr(features, TAG, None) if ours else None
         if reduced is None:
             if reduces:
                 raise UnsupportedMethodError(
-                    "image features came without scores: features encoded before wrap() and "
+                    "image features came without scores: features encoded under another method and "
                     "prefill_chunk_size are not supported; pass pixel_values in one piece"
                 )
             reduced = Reduced(features, torch.arange(features.shape[0], device=features.device))
