@@ -43,6 +43,9 @@ DEFAULTS = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
 class Accelerated:
     """A model with a fast `generate`; made by `accelerate`.
 
+    Weights, modules and hooks of the language model are taken as they are at the first call; after
+    a change to them make a new one.
+
     Args:
         model: a vision-language model of transformers, in eval mode.
         max_new_tokens: most tokens per call; the cache is sized for the prompt and these.
