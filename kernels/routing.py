@@ -192,6 +192,8 @@ def _check_index(index: Tensor, q: Tensor, regions: int) -> Tensor:
             f"index has {found} lists of {listed} entries; there are {regions} regions of queries, "
             "and a list has one entry at least"
         )
+    if index.dtype == torch.int64:
+        index = index.clamp(-1, torch.iinfo(torch.int32).max)  # Else large numbers wrap to regions.
     return index.to(torch.int32).contiguous()
 
 

@@ -50,7 +50,7 @@ class Problem:
         b, h, regions, n, d = self.q.shape
         keys = self.ids.shape[-1] * self.k.shape[3]
         side = max(1, MAX_GATHERED // max(1, b * h * keys * max(n, d)))
-        for first in range(0, regions, side):
+        for first in range(0, max(1, regions), side):
             yield slice(first, first + side)
 
     def gather(self, step: slice) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:

@@ -353,3 +353,20 @@ def test_vmap_is_refused():
     index = torch.zeros(1, 4, 1, dtype=torch.long)
     with pytest.raises(NotImplementedError, match="batch axis"):
         torch.vmap(lambda x: routed_attention(x, x, x, index, 2))(q)
+
+
+def test_numbers_that_are_no_region_are_skipped_however_large():
+    q, k, v = (torch.randn(1, 8, 2, 4) for _ in range(3))
+    large = block_list_attention(q, k, v, torch.tensor([[[0, 2**32 + 1], [-(2**32), 1]]]), block=4)
+    small = block_list_attention(q, k, v, torch.tensor([[[0, -1], [-1, 1]]]), block=4)
+    assert torch.equal(large, small)
+
+
+def test_no_queries_give_nothing_and_no_gradient():
+    q = torch.randn(2, 0, 2, 4, requires_grad=True)
+    k = torch.randn(2, 9, 2, 4, requires_grad=True)
+    index = torch.zeros(1, 0, 1, dtype=torch.int32)
+    out, lse = block_list_attention(q, k, k, index, block=4, return_lse=True)
+    assert out.shape == (2, 0, 2, 4) and lse.shape == (2, 0, 2)
+    (out.sum() + lse.sum()).backward()
+    assert q.grad.shape == q.shape and torch.equal(k.grad, torch.zeros_like(k))

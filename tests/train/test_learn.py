@@ -316,3 +316,27 @@ def test_a_subset_of_a_stream_fills_one_batch_of_every_reader(
 def test_the_embedded_model_takes_no_options_in_fine_tuning_either() -> None:
     with pytest.raises(ConfigError, match="no options"):
         Classifier("reference", model_args={"depth": 3})
+
+
+def test_validation_starts_again_after_one_that_was_broken_off(pictures: Path) -> None:
+    class Breaks(RateLearning):
+        broken = False
+
+        def validation_step(self, batch, index) -> None:
+            if not self.broken:
+                self.broken = True
+                raise FloatingPointError("broken off")
+            super().validation_step(batch, index)
+
+    module = Breaks(
+        "deit_tiny_patch16_224", num_classes=2, model_args=TINY, target_speedup=1.3, blocks=[1]
+    )
+    data = ImagesData(str(pictures), batch_size=4, num_workers=0, image_size=48)
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False
+    )
+    with pytest.raises(FloatingPointError):
+        trainer.validate(module, data, verbose=False)
+    (scores,) = trainer.validate(module, data, verbose=False)
+    assert 0.0 <= scores["val/top1"] <= 1.0
+    assert vistoken.api.attachment_of(module._aside["evaluator"]) is None

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
-from vistoken.api import shape_of, unwrap, wrap
+from vistoken.api import attachment_of, shape_of, unwrap, wrap
 from vistoken.errors import ConfigError
 from vistoken.latency import LatencyTable
 from vistoken.methods import DiffRate
@@ -313,6 +313,8 @@ class RateLearning(LightningModule):  # type: ignore[misc]
     def on_validation_start(self) -> None:
         """Put the counts of this moment on the evaluator, as inference would."""
         self._to_device()
+        if attachment_of(self._aside["evaluator"]) is not None:  # A validation that was broken off.
+            unwrap(self._aside["evaluator"])
         wrap(self._aside["evaluator"], self.method())
 
     def on_validation_end(self) -> None:
