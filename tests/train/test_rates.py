@@ -130,6 +130,17 @@ def test_initial_schedules_from_files_and_methods(tmp_path) -> None:
     assert initial_schedule(shape, "tome:r=13").kept[-1] == 41
 
 
+def test_a_schedule_holds_the_last_step_of_the_optimizer() -> None:
+    rates = Rates(SMALL)
+    optimizer = torch.optim.AdamW([rates.logits], lr=0.5)
+    for _ in range(3):
+        rates().kept.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    want = rates.expected().long()[:, 1].cummin(0).values.tolist()
+    assert [rates.schedule().kept[block] for block in rates.blocks] == want
+
+
 def test_frozen_counts_stay() -> None:
     rates = shaken(Rates(SMALL))
     before = rates.freeze(random_schedule(SMALL, 3, rates.blocks))

@@ -144,6 +144,8 @@ class Rates(nn.Module):
 
     def schedule(self) -> Schedule:
         """The counts as a plain schedule; waits for the device."""
+        if not self.fixed:  # The optimizer has moved the logits since the last forward pass.
+            self.counts.copy_(self.expected().detach())
         full = [[self.shape.tokens] * 2 for _ in range(self.shape.depth)]
         for block, pair in zip(self.blocks, self.counts.tolist(), strict=True):
             full[block] = pair

@@ -72,10 +72,10 @@ class RateReport(Callback):  # type: ignore[misc]
         own: Any = module
         if not trainer.is_global_zero:
             return
-        # Loggers are closed by now; the last counts go into the picture and the file.
-        self.history.append((trainer.global_step, own.rates.counts.tolist()))
         folder = Path(trainer.default_root_dir)
         path = own.export(folder)
+        # Loggers are closed by now; the last counts go into the picture and the file.
+        self.history.append((trainer.global_step, own.rates.counts.tolist()))
         schedule = own.rates.schedule()
         spent = own.cost.exactly(schedule)
         draw_schedule(schedule, self.history, own.rates.blocks, folder / "schedule.png")
