@@ -511,3 +511,26 @@ def test_features_of_another_method_are_not_taken_for_its_own():
     vistoken.wrap(model, "random_tokens:budget=0.2")
     with pytest.raises(UnsupportedMethodError, match="another method"):
         run(model, {**inputs, **encoded})
+
+
+@torch.no_grad()
+def test_a_later_turn_of_several_rows_on_a_static_cache_is_refused():
+    model = vistoken.wrap(m.llava_next(), "hired:budget=0.3")
+    inputs = inputs_of(model, ROWS)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=256)
+    ids = run(model, inputs, past_key_values=cache, disable_compile=True)
+    more = torch.cat([ids, ids.new_tensor([[5, 6, 7]]).expand(len(ids), -1)], 1)
+    seen = torch.cat(
+        [
+            inputs["attention_mask"],
+            more.new_ones(len(more), more.shape[1] - inputs["input_ids"].shape[1]),
+        ],
+        1,
+    )
+    with pytest.raises(ConfigError, match="in a later turn of a static cache"):
+        run(
+            model,
+            {"input_ids": more, "attention_mask": seen},
+            past_key_values=cache,
+            disable_compile=True,
+        )

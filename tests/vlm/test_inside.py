@@ -357,3 +357,14 @@ def test_padding_on_the_right_changes_nothing(method):
     assert torch.equal(
         run(model, inputs_of(model, ROWS, "right"))[:, -NEW:], one_by_one(model, ROWS)
     )
+
+
+@pytest.mark.parametrize("method", [CASES[0], CASES[2]], ids=lambda c: c.to_string())
+@torch.no_grad()
+def test_a_static_cache_with_padding_on_the_right_is_refused(method):
+    model = vistoken.wrap(build(), method)
+    inputs = inputs_of(model, ROWS, "right")
+    with pytest.raises(ConfigError, match="pad on the left"):
+        run(model, inputs, cache_implementation="static", disable_compile=True)
+    whole = inputs_of(model, ROWS)
+    assert torch.equal(run(model, whole), run(model, whole)), "the model still works"

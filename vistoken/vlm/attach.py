@@ -17,7 +17,7 @@ from vistoken.vlm.cache import short_of, shorten
 from vistoken.vlm.flow import Decoder, make_decoder
 from vistoken.vlm.inside import LayerMethod
 from vistoken.vlm.layout import Layout, layout_of
-from vistoken.vlm.places import by_name, user_positions
+from vistoken.vlm.places import by_name, padding_of, user_positions
 from vistoken.vlm.prompt import BY, LAYERS, SIZES, TAG, Prepared, past_mask, shorten_prompt
 from vistoken.vlm.rows import RowReader
 
@@ -254,6 +254,7 @@ def later_step(host: LanguageHost, inputs: dict[str, Any]) -> dict[str, Any]:
         positions = positions - offset
     mask = inputs.get("attention_mask")
     if mask is not None and mask.dim() == 4:
+        padding_of(mask, length, past=True)
         # A static cache: its mask follows the stored columns already, but for padding.
         if short.valid is not None:
             rest = tokens.new_ones(batch, mask.shape[-1] - short.columns)

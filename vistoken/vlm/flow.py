@@ -133,6 +133,11 @@ class Decoder:
         code = image.to(torch.uint8) if valid is None else image + 2 * valid.to(torch.uint8)
         seen = code.cpu()
         real = torch.ones_like(seen, dtype=torch.bool) if valid is None else seen & 2 == 2
+        if given is not None and given.dim() == 4 and not bool(real[:, -1].all()):
+            raise ConfigError(
+                f"attention_mask of shape {tuple(given.shape)}: a static cache with padding on the "
+                f"right cannot be cut by {self.method.name}; pad on the left"
+            )
         total = tuple(((seen & 1 == 1) & real).sum(1).tolist())
         text = tuple(((seen & 1 == 0) & real).sum(1).tolist())
         if valid is not None and bool(real.all()):

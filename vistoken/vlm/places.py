@@ -150,6 +150,12 @@ def padding_of(mask: Tensor | None, length: int, past: bool) -> Tensor | None:
     if mask.dim() == 2:
         return mask[:, -length:].bool()
     if past:
+        if mask.shape[0] > 1 and length > 1:
+            raise ConfigError(
+                f"attention_mask of shape {tuple(mask.shape)}: in a later turn of a static cache "
+                "it no longer tells which of the new tokens are padding; give one row, or a "
+                "dynamic cache"
+            )
         return None
     row = mask[:, 0, -1, :length]
     return row if row.dtype == torch.bool else row == 0
