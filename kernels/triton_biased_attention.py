@@ -44,7 +44,7 @@ def biased_attention_triton(
     batch, heads, tokens, dim = q.shape
     out = q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
     row = q.new_empty((batch, heads, tokens) if class_tokens else (0,), dtype=torch.float32)
-    block_m, block_n, warps, stages, peel = config(tokens, dim)
+    block_m, block_n, warps, stages, peel = config(dim)
     if bias is not None:
         bias = padded_log2(bias, sizes)
     _attention[(triton.cdiv(tokens, block_m) * batch * heads,)](
@@ -63,11 +63,14 @@ def biased_attention_triton(
     return out, row
 
 
-def config(tokens: int, dim: int) -> tuple[int, int, int, int, bool]:
-    """Query rows, key rows, warps, stages, and whether the last keys have a loop of their own."""
+def config(dim: int) -> tuple[int, int, int, int, bool]:
+    """Query rows, key rows, warps, stages, and whether the last keys have a loop of their own.
+
+    Measured at 197 and 577 tokens: `benchmarks/results/kernels-h100.json`.
+    """
     if dim > 64:
         return 64, 64, 4, 2, True
-    return (64, 32, 4, 3, False) if tokens <= 256 else (128, 64, 8, 3, False)
+    return 64, 32, 4, 3, False
 
 
 def padded_log2(bias: Tensor, sizes: bool) -> Tensor:
