@@ -101,9 +101,10 @@ def checks():
     yield square(2, 20, 2, 32, 7), torch.float32, {"rpb": True, "extra": 3}
 
 
-def check(clock: Clock) -> bool:
+def check(clock: Clock, part: int, parts: int) -> bool:
+    """Every `parts`-th check, so that processes side by side share the compiling."""
     good = True
-    for problem, dtype, options in checks():
+    for problem, dtype, options in list(checks())[part::parts]:
         if clock.over():
             say("out of time")
             return False
@@ -283,6 +284,7 @@ def save(folder: str | None, name: str, rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="errors against float64")
+    parser.add_argument("--share", default="0/1", help="part of the checks, e.g. 3/8")
     parser.add_argument("--tune", action="store_true", help="times of many tiles")
     parser.add_argument("--bench", action="store_true", help="times beside other implementations")
     parser.add_argument("--warm", action="store_true", help="only build what --bench needs")
@@ -306,7 +308,7 @@ def main() -> None:
     if args.warm:
         warm(problems, set(args.skip.split(",")))
     if args.check:
-        good = check(clock)
+        good = check(clock, *map(int, args.share.split("/")))
     if args.tune:
         rows = tune(problems, args.passes.split(","), args.tiles, clock, args.workers)
         save(args.out, f"na-tiles-{gpu}.json", rows)
