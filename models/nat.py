@@ -5,20 +5,17 @@ Importing this file registers the models with timm: `timm.create_model("nat_tiny
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vistoken.errors import ConfigError
 from vistoken.models.nat_parts import Block, ConvMerge, ConvStem, PatchMerge, PatchStem
 from vistoken.models.nat_weights import convert
+from vistoken.models.pyramid import Grid, Pyramid, build_pyramid, image_config
 
 STEMS, MERGES = ("conv", "patch"), ("conv", "patch")
 HEAD_DIM = 32
@@ -36,7 +33,7 @@ class Level(nn.Module):
         self.downsample = downsample
 
 
-class NAT(nn.Module):
+class NAT(Pyramid):
     """NAT, DiNAT, DiNAT_s and their isotropic forms; maps are `[B, H, W, C]` inside.
 
     Args:
@@ -81,16 +78,14 @@ class NAT(nn.Module):
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(drop_rate)
         dilations = [[1] * depth for depth in depths] if dilations is None else dilations
         check(embed_dim, depths, dilations, stem, patch_size, merge)
-        self.num_classes, self.drop_rate, self.grad_checkpointing = num_classes, drop_rate, False
         self.patch_embed = (
             ConvStem(in_chans, embed_dim)
             if stem == "conv"
             else PatchStem(in_chans, embed_dim, patch_size)
         )
-        self.feature_info: list[dict[str, Any]] = []
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         levels = []
         for index, level in enumerate(dilations):
@@ -107,12 +102,40 @@ class NAT(nn.Module):
             info = {"num_chs": dim, "reduction": reduction, "module": f"levels.{index}"}
             self.feature_info.append(info)
         self.levels = nn.ModuleList(levels)
-        self.num_features = self.head_hidden_size = embed_dim * 2 ** (len(depths) - 1)
-        self.norm: nn.Module = nn.LayerNorm(self.num_features)
-        self.head = ClassifierHead(
-            self.num_features, num_classes, global_pool, drop_rate, input_fmt=self.output_fmt
-        )
-        self.apply(_init_weights)
+        self.norm = nn.LayerNorm(embed_dim * 2 ** (len(depths) - 1))
+        self.add_head(num_classes, global_pool)
+
+    @property
+    def depth(self) -> int:
+        """Number of levels."""
+        return len(self.levels)
+
+    def enter(self, index: int, x: Tensor) -> Tensor:
+        """The stem, or what halves the map after the level before."""
+        out: Tensor = self.levels[index - 1].downsample(x) if index else self.patch_embed(x)
+        return out
+
+    def enter_macs(self, index: int, grid: Grid) -> tuple[Grid, int]:
+        """Rows and columns after `enter`, and its multiply-accumulates."""
+        if index:
+            grid, weights = halve(grid, 2), self.levels[index - 1].downsample.reduction.weight
+            return grid, grid[0] * grid[1] * weights.numel()
+        stem, total = self.patch_embed.proj, 0
+        for conv in stem if isinstance(stem, nn.Sequential) else [stem]:
+            assert isinstance(conv, nn.Conv2d)
+            grid = halve(grid, conv.stride[0])
+            total += grid[0] * grid[1] * conv.weight.numel()
+        return grid, total
+
+    def blocks_of(self, index: int) -> Iterable[Any]:
+        """The blocks of a level."""
+        blocks: Iterable[Any] = self.levels[index].blocks
+        return blocks
+
+    def cut(self, count: int) -> None:
+        """Keep the first `count` levels only."""
+        self.levels = self.levels[:count]
+        self.levels[-1].downsample = nn.Identity()
 
     def no_weight_decay(self) -> set[str]:
         """Names of the relative position biases."""
@@ -129,136 +152,16 @@ class NAT(nn.Module):
             ]
         return {"stem": r"^patch_embed", "blocks": blocks}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of keeping their activations."""
-        self.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """The classifier layer."""
-        layer: nn.Module = self.head.fc
-        return layer
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Another number of classes, 0 for none, and another pooling."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, pool_type=global_pool)
-
-    def run_level(self, level: Level, x: Tensor) -> Tensor:
-        """The blocks of a level, without its downsampler."""
-        for block in level.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return x
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images `[B, 3, H, W]` to the normed map `[B, h, w, C]` of the last level."""
-        x = self.patch_embed(x)
-        for level in self.levels:
-            x = level.downsample(self.run_level(level, x))
-        out: Tensor = self.norm(x)
-        return out
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """A map `[B, h, w, C]` to logits, or with `pre_logits` to the pooled features."""
-        out: Tensor = self.head(x, pre_logits=pre_logits)
-        return out
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images `[B, 3, H, W]` to logits."""
-        return self.forward_head(self.forward_features(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Maps of chosen levels before their downsampler, as timm's feature extraction asks.
-
-        Args:
-            x: images `[B, 3, H, W]`.
-            indices: levels; an integer is the last so many, None is all.
-            norm: apply the final norm to the last level's map.
-            stop_early: do not run the levels behind the last one asked for.
-            output_fmt: `NCHW` or `NHWC`.
-            intermediates_only: leave out the final features.
-
-        Returns:
-            A list of maps, or a pair of the final features and that list.
-
-        Raises:
-            ConfigError: an unknown `output_fmt`.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ConfigError(f"output_fmt={output_fmt!r}: must be 'NCHW' or 'NHWC'")
-        wanted, last = feature_take_indices(len(self.levels), indices)
-        end = last + 1 if stop_early else len(self.levels)
-        maps = []
-        x = self.patch_embed(x)
-        for index, level in enumerate(self.levels[:end]):
-            x = self.run_level(level, x)
-            if index in wanted:
-                found = self.norm(x) if norm and index == len(self.levels) - 1 else x
-                maps.append(found.permute(0, 3, 1, 2) if output_fmt == "NCHW" else found)
-            if index < end - 1:
-                x = level.downsample(x)
-        if intermediates_only:
-            return maps
-        return (self.norm(x) if end == len(self.levels) else x), maps
-
-    def prune_intermediate_layers(
-        self,
-        indices: int | Sequence[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> list[int]:
-        """Cut what the maps of these levels do not need; returns the levels."""
-        wanted, last = feature_take_indices(len(self.levels), indices)
-        cut = last < len(self.levels) - 1
-        self.levels = self.levels[: last + 1]
-        self.levels[-1].downsample = nn.Identity()
-        if prune_norm or cut:
-            self.norm = nn.Identity()
-        if cut:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        if prune_head or cut:
-            self.reset_classifier(0, "")
-        return list(wanted)
-
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """Load weights in our key layout or a published one (see `vistoken.models.nat_weights`)."""
         return super().load_state_dict(convert(state_dict, self), strict, assign)
 
-    def macs(self, image_size: int | tuple[int, int] | None = None) -> int:
-        """Multiply-accumulates of one image, what the papers call FLOPs; norms and biases are free.
 
-        Args:
-            image_size: side, or (height, width), in pixels; None is the published weights' size.
-        """
-        if image_size is None:
-            config: Mapping[str, Any] = getattr(self, "default_cfg", {})
-            image_size = tuple(config.get("input_size", (3, 224, 224))[1:])
-        grid = (image_size,) * 2 if isinstance(image_size, int) else image_size
-        total = 0
-        stem = self.patch_embed.proj
-        for conv in stem if isinstance(stem, nn.Sequential) else [stem]:
-            assert isinstance(conv, nn.Conv2d)
-            grid = (-(-grid[0] // conv.stride[0]), -(-grid[1] // conv.stride[1]))
-            total += grid[0] * grid[1] * conv.weight.numel()
-        for level in self.levels:
-            total += sum(block.macs(grid) for block in level.blocks)
-            if not isinstance(level.downsample, nn.Identity):
-                grid = (-(-grid[0] // 2), -(-grid[1] // 2))
-                total += grid[0] * grid[1] * level.downsample.reduction.weight.numel()
-        head = self.get_classifier()
-        return total + (head.weight.numel() if isinstance(head, nn.Linear) else 0)
+def halve(grid: Grid, stride: int) -> Grid:
+    """Rows and columns of a zero-padded map after cutting it by a stride."""
+    return -(-grid[0] // stride), -(-grid[1] // stride)
 
 
 def check(
@@ -285,42 +188,18 @@ def check(
         raise ConfigError(f"patch_size={patch_size}: must be 4 with stem='conv'")
 
 
-def _init_weights(module: nn.Module) -> None:
-    """Truncated normal weights of linear layers, zero biases."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
 def published(file: str, hub: str = "", size: int = 224, **others: Any) -> dict[str, Any]:
     """What timm has to know about a published file: addresses, image size, normalisation."""
-    pool = max(size // 32, 1)
-    return {
+    address = {
         "url": f"https://shi-labs.com/projects/{file}",
         "hf_hub_id": f"shi-labs/{hub}" if hub else None,
-        "num_classes": 1000,
-        "input_size": (3, size, size),
-        "pool_size": (pool, pool),
-        "crop_pct": 0.875 if size == 224 else 1.0,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj.0",
-        "classifier": "head.fc",
-        **others,
     }
+    return image_config(size, **{"first_conv": "patch_embed.proj.0", **address, **others})
 
 
 def build(variant: str, pretrained: bool, settings: Mapping[str, Any], given: Any) -> NAT:
-    """A model through timm's builder, with the caller's settings over the variant's own."""
-    settings = {**settings, **given}
-    depths = settings.get("depths", ())
-    features = {"out_indices": tuple(range(len(depths))), "feature_cls": "getter"}
-    model: NAT = build_model_with_cfg(
-        NAT, variant, pretrained, pretrained_filter_fn=convert, feature_cfg=features, **settings
-    )
-    return model
+    """A model with the caller's settings over the variant's own."""
+    return build_pyramid(NAT, variant, pretrained, {**settings, **given}, convert)
 
 
 MINI: dict[str, Any] = {
