@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from naive_routing import attend, multiplicity, region_ids
-from timm.models._manipulate import group_with_matcher
+from pyramid_models import BIFORMER_TINY, meta, tiny
 from torch import Tensor
 
 import vistoken
-import vistoken.models.biformer
 from vistoken.models.biformer import BiFormer
-from vistoken.models.load import load_classifier
 
 # published: millions of parameters, GFLOPs at 224 pixels
 PUBLISHED = {
@@ -28,11 +24,6 @@ PUBLISHED = {
     "biformer_stl_nchw": (28.4, 4.6),
 }
 DEPTHS = {"tiny": (2, 2, 8, 2), "small": (4, 4, 18, 4), "base": (4, 4, 18, 4), "stl": (2, 2, 6, 2)}
-
-
-def meta(name: str, **settings) -> BiFormer:
-    with torch.device("meta"):
-        return timm.create_model(name, **settings)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -126,23 +117,6 @@ def test_published_files_fit(name: str) -> None:
         model.load_state_dict(short, strict=True)
 
 
-SMALL = {"embed_dims": (32, 64, 64), "depths": (1, 2, 1), "topks": (1, 2, None), "n_win": 3}
-SMALL |= {"num_classes": 5}
-
-
-def tiny(name: str, **more) -> BiFormer:
-    torch.manual_seed(0)
-    model = timm.create_model(name, **{**SMALL, **more})
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                buffer.add_(torch.rand(buffer.shape, generator=generator))
-    return model
-
-
 def written_out(state: dict[str, Tensor], image: Tensor, layout: str) -> Tensor:
     """The published network from a published file, by loops and dense masks."""
 
@@ -202,7 +176,9 @@ def written_out(state: dict[str, Tensor], image: Tensor, layout: str) -> Tensor:
         return linear(out, f"{key}.{names[1]}")
 
     x = image
-    for i, (depth, topk) in enumerate(zip(SMALL["depths"], SMALL["topks"], strict=True)):
+    for i, (depth, topk) in enumerate(
+        zip(BIFORMER_TINY["depths"], BIFORMER_TINY["topks"], strict=True)
+    ):
         down = f"downsample_layers.{i}"
         if layout == "plain" and i == 0:
             x = F.gelu(norm(conv(x, f"{down}.0", stride=2, padding=1), f"{down}.1"))
@@ -233,7 +209,12 @@ LAYOUTS = {"biformer_tiny": "plain", "biformer_stl": "stl", "biformer_stl_nchw":
 def synthetic(name: str, ratio: int) -> dict[str, Tensor]:
     """A published file with random values."""
     shapes = published_file(
-        SMALL["embed_dims"], SMALL["depths"], SMALL["topks"], ratio, LAYOUTS[name], 5
+        BIFORMER_TINY["embed_dims"],
+        BIFORMER_TINY["depths"],
+        BIFORMER_TINY["topks"],
+        ratio,
+        LAYOUTS[name],
+        5,
     )
     torch.manual_seed(2)
     state = {}
@@ -254,7 +235,7 @@ def synthetic(name: str, ratio: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_published_file_runs_as_the_authors_network(name: str, size: tuple[int, int]) -> None:
     state = synthetic(name, 3 if name == "biformer_tiny" else 4)
-    model = timm.create_model(name, **SMALL).double().eval()
+    model = timm.create_model(name, **BIFORMER_TINY).double().eval()
     model.load_state_dict({"model": state})
     image = torch.randn(2, 3, *size, dtype=torch.float64)
     wanted = written_out(state, image, LAYOUTS[name])
@@ -268,105 +249,20 @@ def test_timm_loads_a_published_file(tmp_path) -> None:
     path = tmp_path / "published.pth"
     torch.save({"model": state}, path)
     image = torch.randn(1, 3, 64, 64)
-    whole = timm.create_model("biformer_tiny", **SMALL).eval()
+    whole = timm.create_model("biformer_tiny", **BIFORMER_TINY).eval()
     whole.load_state_dict(state)
-    again = timm.create_model("biformer_tiny", checkpoint_path=str(path), **SMALL).eval()
+    again = timm.create_model("biformer_tiny", checkpoint_path=str(path), **BIFORMER_TINY).eval()
     assert torch.equal(again(image), whole(image))
-    own = timm.create_model("biformer_tiny", **SMALL).eval()
+    own = timm.create_model("biformer_tiny", **BIFORMER_TINY).eval()
     own.load_state_dict(whole.state_dict())
     assert torch.equal(own(image), whole(image))
     overlay = {"file": str(path), "num_classes": 5}
-    fewer = {**SMALL, "num_classes": 3}
+    fewer = {**BIFORMER_TINY, "num_classes": 3}
     other = timm.create_model(
         "biformer_tiny", pretrained=True, pretrained_cfg_overlay=overlay, **fewer
     ).eval()
     assert torch.equal(other.forward_features(image), whole.forward_features(image))
     assert other(image).shape == (1, 3)
-
-
-# timm's interface ---------------------------------------------------------------------------------
-
-
-def test_registration_takes_an_explicit_import() -> None:
-    code = (
-        "import sys, vistoken; assert 'timm' not in sys.modules; import timm; "
-        "assert not timm.is_model('biformer_tiny'); import vistoken.models.biformer; "
-        "assert timm.is_model('biformer_tiny')"
-    )
-    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=True)
-
-
-def test_head_features_and_classifier() -> None:
-    model = tiny("biformer_tiny").eval()
-    image = torch.randn(2, 3, 48, 48)
-    features = model.forward_features(image)
-    assert features.shape == (2, 64, 3, 3) and model.num_features == 64
-    assert torch.equal(model.forward_head(features), model(image))
-    pooled = model.forward_head(features, pre_logits=True)
-    assert torch.allclose(pooled, features.mean((2, 3)), atol=1e-6)
-    assert model.get_classifier().out_features == 5
-    model.reset_classifier(11)
-    assert model(image).shape == (2, 11)
-    model.reset_classifier(0, "")
-    assert torch.equal(model(image), features)
-
-
-@pytest.mark.parametrize("name", ["biformer_tiny", "biformer_stl"])
-def test_feature_maps(name: str) -> None:
-    whole = tiny(name).eval()
-    net = timm.create_model(name, features_only=True, **SMALL).eval()
-    net.model.load_state_dict(whole.state_dict(), strict=False)
-    image = torch.randn(1, 3, 64, 96)
-    maps = net(image)
-    assert len(maps) == 3
-    assert [m.shape[1] for m in maps] == net.feature_info.channels() == list(SMALL["embed_dims"])
-    assert [64 // m.shape[2] for m in maps] == net.feature_info.reduction() == [4, 8, 16]
-    final, found = whole.forward_intermediates(image)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(maps, found, strict=True))
-    assert torch.equal(final, whole.forward_features(image))
-    turned = whole.forward_intermediates(image, output_fmt="NHWC", intermediates_only=True)
-    assert torch.equal(turned[1].permute(0, 3, 1, 2), found[1])
-    first = timm.create_model(name, features_only=True, out_indices=(0,), **SMALL)
-    assert len(first(image)) == 1 and len(first.model.stages) == 1
-    with pytest.raises(vistoken.ConfigError, match="NLC"):
-        whole.forward_intermediates(image, output_fmt="NLC")
-
-
-def test_training_hooks_of_timm() -> None:
-    model = tiny("biformer_tiny")
-    for coarse in (False, True):
-        groups = group_with_matcher(model.named_parameters(), model.group_matcher(coarse))
-        named = [name for names in groups.values() for name in names]
-        assert sorted(named) == sorted(name for name, _ in model.named_parameters())
-    groups = list(group_with_matcher(model.named_parameters(), model.group_matcher()).values())
-    assert "downsample_layers.0.0.weight" in groups[0]
-    assert groups[-1] == ["head.fc.weight", "head.fc.bias"]
-
-
-def test_checkpointing_gives_the_same_gradients() -> None:
-    model = tiny("biformer_tiny").double()
-    image = torch.randn(1, 3, 48, 48, dtype=torch.float64)
-    found = []
-    for recompute in (False, True):
-        model.set_grad_checkpointing(recompute)
-        model.zero_grad()
-        model(image).square().sum().backward()
-        found.append([p.grad.clone() for p in model.parameters()])
-    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*found, strict=True))
-    assert all(torch.isfinite(g).all() for g in found[0])
-
-
-def test_compiles_without_graph_break() -> None:
-    model = tiny("biformer_tiny").eval()
-    image = torch.randn(1, 3, 56, 64)
-    with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        assert torch.allclose(compiled(image), model(image), atol=1e-5)
-
-
-def test_the_command_lines_loader_knows_them() -> None:
-    loaded = load_classifier("biformer_tiny")
-    assert loaded.num_classes == 1000 and loaded.image_size == (224, 224)
 
 
 @pytest.mark.parametrize(
@@ -384,9 +280,4 @@ def test_the_command_lines_loader_knows_them() -> None:
 )
 def test_wrong_settings_are_named(wrong: dict) -> None:
     with pytest.raises(vistoken.ConfigError, match=next(iter(wrong))):
-        BiFormer(**{**SMALL, **wrong})
-
-
-def test_wrapping_says_what_it_is() -> None:
-    with pytest.raises(vistoken.UnsupportedBackboneError, match="looked for one vision"):
-        vistoken.wrap(tiny("biformer_tiny"), vistoken.ToMe(r=2))
+        BiFormer(**{**BIFORMER_TINY, **wrong})
