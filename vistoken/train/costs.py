@@ -9,7 +9,7 @@ from vistoken.errors import ConfigError, ScheduleError
 from vistoken.flops import count_macs
 from vistoken.latency import LatencyTable
 from vistoken.methods import DiffRate
-from vistoken.schedule import Schedule, weakest
+from vistoken.schedule import Schedule, solve, weakest
 from vistoken.shape import ModelShape
 from vistoken.train.rates import Plan, Rates
 
@@ -62,6 +62,30 @@ class Cost(nn.Module):
                 f"to {lowest:.4g} {self.unit}, from {self.dense:.4g} {self.unit} without reduction"
             )
         return DiffRate.at_gflops(self.shape, share * count_macs(self.shape) / 1e9).plan(self.shape)
+
+    def meet(self, schedule: Schedule, target: float, least: int = 1) -> Schedule:
+        """A schedule of the same form that uses up the target: all removals by one factor.
+
+        Blocks that rest go on resting.
+
+        Args:
+            schedule: counts that cost more or less than the target.
+            target: wanted cost.
+            least: patch tokens that must stay.
+
+        Raises:
+            ScheduleError: no factor up to 4 makes it that cheap.
+        """
+        shape, fewest = self.shape, self.shape.prefix + least
+
+        def scaled(factor: float) -> Schedule:
+            kept = [
+                [max(fewest, shape.tokens - round(factor * (shape.tokens - n))) for n in pair]
+                for pair in schedule.counts
+            ]
+            return Schedule.from_lists(shape.tokens, shape.prefix, *zip(*kept, strict=True))
+
+        return scaled(solve(target, 0.0, 4.0, lambda factor: self.exactly(scaled(factor))))
 
 
 class FlopsCost(Cost):

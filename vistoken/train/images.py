@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, get_worker_inf
 
 from vistoken.errors import ConfigError, VistokenError
 from vistoken.eval.sources import SCHEMES, Pictures, PictureStream
-from vistoken.train.order import EpochOrder, Numbered
+from vistoken.train.order import EpochOrder, Numbered, ResumableLoader
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -141,12 +141,11 @@ class ImagesData(LightningDataModule):  # type: ignore[misc]
     def _loader(self, training: bool) -> DataLoader[Any]:
         given = self.hparams
         source, transform = self._open(training), self.transform(training)
+        batch = given["batch_size"]
         options: dict[str, Any] = {
-            "batch_size": given["batch_size"],
             "num_workers": given["num_workers"],
             "pin_memory": torch.cuda.is_available(),
             "persistent_workers": given["num_workers"] > 0,
-            "drop_last": training,
         }
         limit = given["subset"] if training else given["val_subset"]
         world = 1 if self.trainer is None else self.trainer.world_size
@@ -155,28 +154,29 @@ class ImagesData(LightningDataModule):  # type: ignore[misc]
             self._prepare_stream(source)
             share = None if limit is None else -(-limit // world)
             each = None if share is None else -(-share // max(1, given["num_workers"]))
-            if training and each is not None and each < given["batch_size"]:
+            if training and each is not None and each < batch:
                 raise ConfigError(
                     f"subset={limit}: each reader of the stream gets {each} pictures, which do not "
-                    f"fill one batch of {given['batch_size']}; take a larger subset, smaller "
+                    f"fill one batch of {batch}; take a larger subset, smaller "
                     f"batches, or fewer than num_workers={given['num_workers']}"
                 )
-            return DataLoader(Stream(source, transform, share), **options)
+            stream = Stream(source, transform, share)
+            return DataLoader(stream, batch, drop_last=training, **options)
         if limit is not None and limit < len(source):
             order = torch.randperm(
                 len(source), generator=torch.Generator().manual_seed(given["seed"])
             )
             source = Subset(source, order[:limit].tolist())
         if not training:
-            return DataLoader(Pictures(source, transform), **options)
+            return DataLoader(Pictures(source, transform), batch, **options)
         data = Numbered(source, transform, given["seed"])
-        if len(data) < given["batch_size"] * world:
+        if len(data) < batch * world:
             raise ConfigError(
-                f"{len(data)} pictures do not fill one batch of {given['batch_size']} in each of "
+                f"{len(data)} pictures do not fill one batch of {batch} in each of "
                 f"{world} processes"
             )
         sampler = EpochOrder(data, world, rank, shuffle=True, seed=given["seed"], drop_last=True)
-        return DataLoader(data, sampler=sampler, **options)
+        return ResumableLoader(data, sampler, batch, options)
 
     def _prepare_stream(self, source: Any) -> None:
         """Tell a stream of timm the epoch, which shuffles it, and the workers that share it."""

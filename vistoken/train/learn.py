@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from vistoken.api import attachment_of, shape_of, unwrap, wrap
@@ -23,13 +23,14 @@ from vistoken.train.costs import Cost, FlopsCost, LatencyCost, check_reachable, 
 from vistoken.train.graphed import GraphedLosses
 from vistoken.train.masked import simulate, twin
 from vistoken.train.matching import Matching
-from vistoken.train.order import seed_epoch
+from vistoken.train.order import StepSeeds
 from vistoken.train.rates import Carry, Rates, initial_schedule
 from vistoken.train.report import DataWait, RateReport
 from vistoken.train.schedules import cosine_factor, time_progress
 
 Batch = tuple[Tensor, Tensor]
 LrSchedule = Literal["cosine", "step", "constant"]
+HALVES = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
 
 
 class RateLearning(LightningModule):  # type: ignore[misc]
@@ -73,6 +74,8 @@ class RateLearning(LightningModule):  # type: ignore[misc]
         drop_path: greatest stochastic-depth rate, with `finetune`.
         graph: on a GPU, replay loss and gradient as CUDA graphs; without effect where the backbone
             is trained, gradients accumulate, or batches differ in shape.
+        backbone: a classifier of your own in place of `model_name` and what builds it. It is taken
+            over, not copied.
     """
 
     def __init__(
@@ -109,13 +112,16 @@ class RateLearning(LightningModule):  # type: ignore[misc]
         weight_decay: float = 0.05,
         drop_path: float = 0.0,
         graph: bool = True,
+        backbone: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=["backbone"])
         self._check()
-        options = dict(model_args or {}) | ({"drop_path_rate": drop_path} if drop_path else {})
-        self.backbone = make_backbone(model_name, pretrained, checkpoint, num_classes, **options)
-        self.backbone.requires_grad_(finetune)
+        if backbone is None:
+            more = {"drop_path_rate": drop_path} if drop_path else {}
+            options = {**(model_args or {}), **more}
+            backbone = make_backbone(model_name, pretrained, checkpoint, num_classes, **options)
+        self.backbone = backbone.eval().requires_grad_(finetune)
         shape = shape_of(self.backbone)
         self.rates = Rates(shape, blocks, granularity, spread, carry)
         self.matching = Matching(self.rates, matching) if matching else None
@@ -160,10 +166,16 @@ class RateLearning(LightningModule):  # type: ignore[misc]
         """Fix the target, refuse what cannot be reached, and set the first counts.
 
         Raises:
-            ConfigError: not exactly one target, or a target that this cost does not have.
+            ConfigError: not exactly one target, a target that this cost does not have, or a trainer
+                that keeps the logits in half precision.
             ScheduleError: the target, or the first counts, are out of reach.
         """
         given = self.hparams
+        if self._trainer is not None and str(self._trainer.precision) in HALVES:
+            raise ConfigError(
+                f"precision={str(self._trainer.precision)!r}: counts above 256 and steps of the "
+                "logits are lost in half precision; use 'bf16-mixed', '16-mixed' or '32-true'"
+            )
         if self.cost is None:
             self.cost = self._make_cost().to(self.device)
             self.target = resolve_target(self.cost, given["target_gflops"], given["target_speedup"])
@@ -293,14 +305,15 @@ class RateLearning(LightningModule):  # type: ignore[misc]
         return F.kl_div(own, dense, log_target=True, reduction="batchmean")
 
     def configure_callbacks(self) -> list[Any]:
-        """Counts over time, the exported schedule and its picture, the wait for data."""
-        return [RateReport(), DataWait()]
+        """Counts over time, the exported schedule, the wait for data, and seeds of every step."""
+        return [RateReport(), DataWait(), StepSeeds()]
 
-    def on_train_epoch_start(self) -> None:
-        """Make the epoch's randomness depend on seed and epoch alone, so that runs resume."""
-        seed_epoch(self.current_epoch, self.global_rank)
+    def on_train_start(self) -> None:
+        """Weigh the cost; a run that resumes inside an epoch does not start that epoch again."""
         free = self.current_epoch < self.hparams["free_epochs"]
         self.weight.fill_(0.0 if free else self.hparams["cost_weight"])
+
+    on_train_epoch_start = on_train_start
 
     def on_fit_start(self) -> None:
         """Bring the copies that are no submodules to the device."""

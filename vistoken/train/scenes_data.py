@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 
 from vistoken.eval.reference import ReferenceScenes
 from vistoken.eval.scenes import (
@@ -19,6 +19,7 @@ from vistoken.eval.scenes import (
     paint_scenes,
     render_scenes,
 )
+from vistoken.train.order import ResumableLoader, ShareOrder
 
 Part = Literal["train", "val", "test"]
 
@@ -109,8 +110,7 @@ class ScenesData(LightningDataModule):  # type: ignore[misc]
             return DataLoader(numbers, batch)
         world = 1 if self.trainer is None else self.trainer.world_size
         rank = 0 if self.trainer is None else self.trainer.global_rank
-        order: DistributedSampler[int] = DistributedSampler(numbers, world, rank, drop_last=True)
-        return DataLoader(numbers, batch, sampler=order, drop_last=True)
+        return ResumableLoader(numbers, ShareOrder(numbers, world, rank, drop_last=True), batch)
 
     def train_dataloader(self) -> DataLoader[int]:
         """Return shuffled scene numbers."""
