@@ -1,0 +1,119 @@
+"""Learned counts by one call, for a model and a loader of one's own."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import LightningDataModule, Trainer
+from torch import Tensor, nn
+
+from vistoken.errors import ConfigError
+from vistoken.latency import LatencyTable
+from vistoken.schedule import Schedule
+from vistoken.train.learn import RateLearning
+from vistoken.train.masked import twin
+
+
+def learn_schedule(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]] | LightningDataModule,
+    *,
+    target_gflops: float | None = None,
+    target_speedup: float | None = None,
+    cost: Literal["flops", "latency"] = "flops",
+    table: LatencyTable | None = None,
+    steps: int = 500,
+    lr: float = 0.05,
+    labels: float = 1.0,
+    distill: float = 1.0,
+    blocks: Sequence[int] | None = None,
+    init: str = "target",
+    folder: str | Path | None = None,
+) -> Schedule:
+    """Learn how many tokens each block of a classifier should keep; the model stays as it is.
+
+    `vistoken.wrap(model, vistoken.DiffRate(schedule=learn_schedule(...)))` runs the result. It
+    learns on a copy, where the model is, in bf16 autocast on a GPU and else in float32.
+
+    Args:
+        model: a supported classifier with a class token that carries no method.
+        loader: batches of images `[B, 3, H, W]`, normalised, and classes `[B]`; begun again until
+            there were enough. Without `labels` the classes are not looked at.
+        target_gflops: wanted GFLOPs of one image; only with `cost="flops"`.
+        target_speedup: wanted speed-up over the dense model, of FLOPs or of measured milliseconds.
+        cost: what the speed-up is of.
+        table: block times of this model for `cost="latency"`; None takes this machine's, measured
+            at batch 256 if need be.
+        steps: batches to learn on.
+        lr: learning rate of the logits; falls to a tenth by a cosine.
+        labels: weight of the cross-entropy.
+        distill: weight of the divergence from the dense model's outputs.
+        blocks: blocks whose counts are learned; None takes all that may be.
+        init: first counts: `target`, `identity`, a schedule file, or a method like `tome:r=13`.
+        folder: where `schedule.json` and `schedule.png` are left; None leaves nothing.
+
+    Returns:
+        A schedule that costs the target at most, and as little less as whole counts allow.
+
+    Raises:
+        ConfigError: a number out of range, not exactly one target, or a table without latency.
+        ScheduleError: a target out of reach.
+        AlreadyWrappedError: the model carries a method.
+        UnsupportedBackboneError: no supported vision transformer is in the model.
+        UnsupportedMethodError: no class token, or a head that does not read it or an average.
+    """
+    if steps < 1:
+        raise ConfigError(f"steps={steps}: must be 1 or larger")
+    if table is not None and cost != "latency":
+        raise ConfigError("a table was given, but cost='flops'; pass cost='latency' to use it")
+    with tempfile.TemporaryDirectory() as scratch:
+        table_file = None if table is None else str(Path(scratch) / "table.json")
+        if table is not None and table_file is not None:
+            table.save(table_file)
+        module = RateLearning(
+            backbone=twin(model, shared=False).float(),
+            cost=cost,
+            target_gflops=target_gflops,
+            target_speedup=target_speedup,
+            latency_table=table_file,
+            cost_weight=0.1,
+            cost_unit="share",
+            carry="active",
+            blocks=blocks,
+            init=init,
+            lr=lr,
+            lr_min=lr / 10,
+            labels=labels,
+            distill=distill,
+        )
+        trainer = _trainer(model, steps, Path(folder or scratch))
+        trainer.fit(module, loader)
+        assert module.cost is not None
+        learned = module.rates.schedule()
+        met = module.cost.meet(learned, module.target, int(module.rates.candidates[-1]))
+        if folder is not None:
+            met.save(Path(folder) / "schedule.json")
+    return met
+
+
+def _trainer(model: nn.Module, steps: int, folder: Path) -> Trainer:
+    """A silent trainer of one process on the device of the model."""
+    device = next(model.parameters()).device
+    on: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "precision": "32-true"}
+    if device.type == "cuda":
+        on = {"accelerator": "gpu", "devices": [device.index or 0], "precision": "bf16-mixed"}
+    return Trainer(
+        **on,
+        max_steps=steps,
+        max_epochs=-1,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
