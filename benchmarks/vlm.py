@@ -1,14 +1,14 @@
 """Generation with a 7B LLaVA-NeXT of random weights, most telling rows first, within a time.
 
-    python benchmarks/vlm.py --seconds 120 --json rows.json
+    python benchmarks/vlm.py --seconds 500 --json benchmarks/results/vlm-h100.json
 
 Baselines: plain `generate`, and transformers' static cache with its own compile.
 """
 
 import argparse
 import gc
+import json
 import logging
-import os
 import sys
 import time
 from dataclasses import replace
@@ -25,16 +25,28 @@ from vistoken.vlm.decode_layers import Plan, find_parts
 from vistoken.vlm.decode_plan import Stopwatch
 from vistoken.vlm.timing import Case, measure_row
 
-REDUCED = "hired:budget=0.2"
-ROWS = [
-    # batch, mode, method
-    (1, "graph", REDUCED), (1, "graph", None), (8, "graph", REDUCED), (1, "eager", None),
-    (1, "profile", REDUCED), (1, "tiles", None), (8, "graph", None), (8, "tiles", None),
-    (1, "modules", REDUCED), (1, "eager", REDUCED), (8, "eager", REDUCED), (8, "eager", None),
-    (8, "profile", REDUCED), (1, "static", None), (8, "static", None),
-]  # fmt: skip
+NEXT, OLD = "hired:budget=0.2", "hired:budget=0.25"
+ROWS: dict[str, tuple[str, list[tuple[int, str, str | None]]]] = {
+    # group: shape, rows of batch, mode, method
+    "one": ("llava-next", [
+        (1, "graph", NEXT), (1, "graph", None), (1, "eager", None), (1, "static", None),
+        (1, "modules", NEXT), (1, "eager", NEXT), (1, "eager", "hired:budget=1.0"),
+    ]),
+    "eight": ("llava-next", [
+        (8, "graph", NEXT), (8, "eager", None), (8, "graph", None), (8, "static", None),
+        (8, "eager", NEXT),
+    ]),
+    "old": ("llava-1.5", [
+        (8, "graph", OLD), (8, "static", None), (8, "eager", None), (8, "graph", None),
+    ]),
+    "large": ("llava-next", [(0, "graph", None), (0, "graph", NEXT)]),
+    "profile": ("llava-next", [
+        (1, "profile", NEXT), (1, "tiles", None), (8, "tiles", None), (8, "profile", NEXT),
+    ]),
+}  # fmt: skip
+"""A batch of 0 is the largest that fits in memory."""
 TILE_SECONDS = 14
-SAFE = [(1, "modules", REDUCED), (1, "eager", None), (1, "modules", None), (8, "modules", REDUCED)]
+STATIC_SECONDS = 40
 
 
 def profile(model, inputs, new_tokens):
@@ -67,6 +79,49 @@ def explore(model, batch):
                 clock(replace(start, **{name: tile}))
 
 
+def largest(model, options, case, total):
+    """The row of the largest batch that fits: guessed from a batch of 8, then less where needed."""
+    inputs, images = make_inputs(model, 8, options.words)
+    weights = torch.cuda.memory_allocated() / 2**20
+    small = measure_row(model, inputs, images, replace(case, batch=8, seconds=0.1))
+    if "error" in small:
+        return small
+    batch = int(0.97 * 8 * (total - weights) / (small["peak_mib"] - weights))
+    while True:
+        inputs, images = make_inputs(model, batch, options.words)
+        row = measure_row(model, inputs, images, replace(case, batch=batch))
+        if "OutOfMemory" not in row.get("error", ""):
+            return row | {"batch": batch, "largest": True}
+        print(f"{batch} rows do not fit", flush=True)
+        batch = int(batch * 0.94)
+
+
+def run_row(model, options, name, case):
+    """One row of the results file, or None for rows that only print."""
+    torch.manual_seed(0)
+    if case.batch == 0:
+        total = torch.cuda.get_device_properties(0).total_memory / 2**20
+        measured = largest(model, options, case, total)
+    else:
+        inputs, images = make_inputs(model, case.batch, options.words)
+        if case.mode == "tiles":
+            return explore(model, case.batch)
+        if case.mode == "profile":
+            return profile(model, inputs, case.new_tokens)
+        measured = measure_row(model, inputs, images, case)
+    row = {"case": name, "batch": case.batch, "dtype": options.dtype,
+           "method": case.method or "dense", "mode": case.mode, **measured}  # fmt: skip
+    print(f"{describe(row)} | {row.get('first_ids')}", flush=True)
+    return row
+
+
+def add_row(rows, row):
+    """Put a row in, instead of an older one of the same case."""
+    keys = ("case", "method", "mode", "largest")
+    keys += () if row.get("largest") else ("batch",)
+    rows[:] = [r for r in rows if any(r.get(k) != row.get(k) for k in keys)] + [row]
+
+
 def main():
     """Time row after row until the time is over."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -74,56 +129,39 @@ def main():
     parser.add_argument("--row-seconds", type=float, default=1.5)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--size", default="7b")
-    parser.add_argument("--shape", default="llava-next")
-    parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--safe", action="store_true", help="without own kernels")
+    parser.add_argument("--rows", default="one,eight,old,large", help=", ".join(ROWS))
+    parser.add_argument("--json", type=Path, default=None, help="rows are added to this file")
     given = parser.parse_args()
     end = time.monotonic() + given.seconds
     logging.basicConfig(format="%(message)s")
     logging.getLogger("vistoken").setLevel(logging.DEBUG)
-    options = make_parser().parse_args(["--random", given.size, "--shape", given.shape])
+    old = given.json is not None and given.json.exists()
+    rows = json.loads(given.json.read_text())["rows"] if old else []
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    options.dtype = "bfloat16" if cuda else "float32"
-    model, name = make_model(options, device)
-    print(f"model ready, {end - time.monotonic():.0f} s left", flush=True)
-    rows = []
-    for batch, mode, method in SAFE if given.safe else ROWS:
-        left = end - time.monotonic()
-        if left < (40 if mode == "static" else 4):
-            print(f"{left:.0f} s left: no {mode} b{batch} {method or 'dense'}", flush=True)
-            continue
-        torch.manual_seed(0)
-        try:
-            inputs, images = make_inputs(model, batch, options.words)
-            if mode in ("profile", "tiles"):
-                if cuda and mode == "profile":
-                    profile(model, inputs, given.new_tokens)
-                elif cuda:
-                    explore(model, batch)
-                gc.collect()
-                torch.cuda.empty_cache()
+    model, shape = None, None
+    for group in given.rows.split(","):
+        wanted, cases = ROWS[group]
+        options = make_parser().parse_args(["--random", given.size, "--shape", wanted])
+        options.dtype = "bfloat16" if cuda else "float32"
+        if wanted != shape:
+            model = None
+            gc.collect()
+            model, name = make_model(options, device)
+            shape = wanted
+        for batch, mode, method in cases:
+            left = end - time.monotonic()
+            if left < (STATIC_SECONDS if mode == "static" else 4):
+                print(f"{left:.0f} s left: no {mode} b{batch} {method or 'dense'}", flush=True)
                 continue
             case = Case(batch, mode, method, 0, given.new_tokens, given.row_seconds)
-            row = {
-                "case": name, "batch": batch, "dtype": options.dtype, "method": method or "dense",
-                "mode": mode, **measure_row(model, inputs, images, case),
-            }  # fmt: skip
-            rows.append(row)
-            print(f"{describe(row)} | {row.get('first_ids')}", flush=True)
+            row = run_row(model, options, name, case)
+            gc.collect()
+            if row is None:
+                continue
+            add_row(rows, row)
             if given.json is not None:
-                write_json(make_record(device, rows, " ".join(sys.argv)), given.json)
-            if cuda:
-                torch.cuda.synchronize()
-        except Exception as error:
-            print(f"{mode} b{batch} {method}: {type(error).__name__}: {error}", flush=True)
-            if "CUDA error" in str(error) and not given.safe:
-                # The device is lost to this process; a new one goes on without own kernels.
-                seconds = str(end - time.monotonic())
-                again = [sys.executable, *sys.argv, "--safe", "--seconds", seconds]
-                if given.json is not None:
-                    again += ["--json", str(given.json.with_suffix(".safe.json"))]
-                os.execv(sys.executable, again)
+                write_json(make_record(device, rows, " ".join(["python", *sys.argv])), given.json)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from vistoken.vlm.decode_layers import (
 
 LOG = logging.getLogger(__name__)
 
-SECONDS = 5.0
+SECONDS = 2.0
 """Time for trying tiles; compiling them takes most of it, and is remembered between processes."""
 
 LAYERS, KEYS = 4, 256
