@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from timm.data import Mixup, create_dataset, create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Subset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from vistoken.errors import ConfigError, VistokenError
 from vistoken.eval.sources import SCHEMES, Pictures, PictureStream
@@ -38,6 +38,8 @@ class ImagesData(LightningDataModule):  # type: ignore[misc]
         subset: learn on only this many pictures, the same in every epoch, chosen by `seed`; of a
             stream, on the first that come.
         val_subset: validate on only this many.
+        num_samples: pictures of a training stream that does not say how many it holds.
+        val_num_samples: pictures of such a validation stream.
         image_size: side in pixels.
         mean: per-channel mean of the model's input.
         std: per-channel deviation.
@@ -66,6 +68,8 @@ class ImagesData(LightningDataModule):  # type: ignore[misc]
         num_workers: int = 8,
         subset: int | None = None,
         val_subset: int | None = None,
+        num_samples: int | None = None,
+        val_num_samples: int | None = None,
         image_size: int = 224,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
@@ -81,9 +85,10 @@ class ImagesData(LightningDataModule):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        for key, value in (("subset", subset), ("val_subset", val_subset)):
+        for key in ("subset", "val_subset", "num_samples", "val_num_samples"):
+            value = self.hparams[key]
             if value is not None and value < 1:
-                raise ConfigError(f"{key}={value}: must be 1 or larger, or null for all")
+                raise ConfigError(f"{key}={value}: must be 1 or larger, or null")
         if name and not name.startswith(SCHEMES):
             raise ConfigError(f"name={name!r}: must begin with one of {', '.join(SCHEMES)}")
         if not name and (root is None or not Path(root).exists()):
@@ -112,6 +117,7 @@ class ImagesData(LightningDataModule):  # type: ignore[misc]
                 download=given["download"],
                 is_training=training,
                 batch_size=given["batch_size"],
+                num_samples=given["num_samples" if training else "val_num_samples"],
                 seed=given["seed"],
             )
         except Exception as error:
@@ -151,17 +157,7 @@ class ImagesData(LightningDataModule):  # type: ignore[misc]
         world = 1 if self.trainer is None else self.trainer.world_size
         rank = 0 if self.trainer is None else self.trainer.global_rank
         if isinstance(source, IterableDataset):
-            self._prepare_stream(source)
-            share = None if limit is None else -(-limit // world)
-            each = None if share is None else -(-share // max(1, given["num_workers"]))
-            if training and each is not None and each < batch:
-                raise ConfigError(
-                    f"subset={limit}: each reader of the stream gets {each} pictures, which do not "
-                    f"fill one batch of {batch}; take a larger subset, smaller "
-                    f"batches, or fewer than num_workers={given['num_workers']}"
-                )
-            stream = Stream(source, transform, share)
-            return DataLoader(stream, batch, drop_last=training, **options)
+            return self._stream(source, transform, training, world, options)
         if limit is not None and limit < len(source):
             order = torch.randperm(
                 len(source), generator=torch.Generator().manual_seed(given["seed"])
@@ -177,6 +173,27 @@ class ImagesData(LightningDataModule):  # type: ignore[misc]
             )
         sampler = EpochOrder(data, world, rank, shuffle=True, seed=given["seed"], drop_last=True)
         return ResumableLoader(data, sampler, batch, options)
+
+    def _stream(
+        self, source: Any, transform: Any, training: bool, world: int, options: dict[str, Any]
+    ) -> DataLoader[Any]:
+        """Batches of a stream, whose readers divide the subset and drop what fills no batch.
+
+        Raises:
+            ConfigError: the share of a reader fills no batch.
+        """
+        batch, readers = self.hparams["batch_size"], max(1, self.hparams["num_workers"])
+        limit = self.hparams["subset" if training else "val_subset"]
+        self._prepare_stream(source)
+        each = None if limit is None else -(-limit // (world * readers))
+        if training and each is not None and each < batch:
+            raise ConfigError(
+                f"subset={limit}: each reader of the stream gets {each} pictures, which do not "
+                f"fill one batch of {batch}; take a larger subset, smaller batches, or fewer than "
+                f"num_workers={readers}"
+            )
+        stream = Stream(source, transform, each, (readers, batch) if training else None)
+        return DataLoader(stream, batch, drop_last=training, **options)
 
     def _prepare_stream(self, source: Any) -> None:
         """Tell a stream of timm the epoch, which shuffles it, and the workers that share it."""
@@ -210,15 +227,35 @@ class ImagesData(LightningDataModule):  # type: ignore[misc]
 
 
 class Stream(PictureStream):
-    """A stream under a transform that ends after `share` pictures, split over the workers."""
+    """A stream under a transform, of which every reader takes the first `each` pictures.
 
-    def __init__(self, source: Any, transform: Any, share: int | None) -> None:
+    Args:
+        source: anything that can be iterated over.
+        transform: image to tensor.
+        each: pictures of one reader; None is all.
+        whole: readers, and the size of the batches that each of them fills; None where pictures
+            that fill none are kept, so that the length is not known.
+    """
+
+    def __init__(
+        self, source: Any, transform: Any, each: int | None, whole: tuple[int, int] | None
+    ) -> None:
         super().__init__(source, transform)
-        self.share = share
+        self.each, self.whole = each, whole
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
-        if self.share is None:
-            return super().__iter__()
-        worker = get_worker_info()
-        own = self.share if worker is None else -(-self.share // worker.num_workers)
-        return islice(super().__iter__(), own)
+        return islice(super().__iter__(), self.each)
+
+    def __len__(self) -> int:
+        """Pictures in whole batches; learning rates need to know how long an epoch is.
+
+        Raises:
+            TypeError: the source does not know.
+        """
+        if self.whole is None:
+            raise TypeError("the length of this stream is not known")
+        readers, batch = self.whole
+        own = len(self.source) // readers
+        if own == 0:  # So timm says that it does not know.
+            raise TypeError("the length of this stream is not known")
+        return readers * (min(own, own if self.each is None else self.each) // batch * batch)
