@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from vistoken.kernels import neighborhood_reference as reference
 from vistoken.kernels.dispatch import ANY, as_given, use_triton
+from vistoken.kernels.neighborhood_trust import NoSoundTileError
 from vistoken.kernels.neighborhood_windows import Neighborhood
 
 MAX_DIM = 256
@@ -52,7 +54,9 @@ def neighborhood(
     if triton_runs(q, v, dilation):
         from vistoken.kernels import triton_neighborhood
 
-        return triton_neighborhood.forward(q, k, v, hood, scale, extra_k, extra_v, rpb)
+        # The reference stays where no tile is sound; that was logged.
+        with suppress(NoSoundTileError):
+            return triton_neighborhood.forward(q, k, v, hood, scale, extra_k, extra_v, rpb)
     with as_given(q.device.type):
         return reference.forward(q, k, v, hood, scale, extra_k, extra_v, rpb)
 
@@ -85,11 +89,13 @@ def neighborhood_backward(
     hood = _hood(window, stride, dilation, causal)
     given = (grad, grad_lse, q, k, v, out, lse, hood, scale, extra_k, extra_v, rpb)
     with as_given(q.device.type):
+        grads = None
         if triton_runs(q, v, dilation):
             from vistoken.kernels import triton_neighborhood_gradients
 
-            grads = triton_neighborhood_gradients.backward(*given)
-        else:
+            with suppress(NoSoundTileError):
+                grads = triton_neighborhood_gradients.backward(*given)
+        if grads is None:
             grads = reference.backward(*given)
     dq, dk, dv, dek, dev, drpb = (q.new_empty(0) if g is None else g for g in grads)
     return dq, dk, dv, dek, dev, drpb

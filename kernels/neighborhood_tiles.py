@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from typing import Literal
@@ -167,6 +167,19 @@ def choose(shape: Shape, kind: Pass, capability: tuple[int, int] | None = None) 
         if entry.fits(shape, kind):
             return entry.tile
     return min(candidates(shape, kind), key=lambda tile: cost(shape, kind, tile))
+
+
+def ranked(shape: Shape, kind: Pass, capability: tuple[int, int] | None = None) -> Iterator[Tile]:
+    """The chosen tile first, then tiles that are compiled more plainly, then the next cheapest."""
+    first = choose(shape, kind, capability)
+    yield first
+    plain = replace(first, stages=2 if first.stages > 2 else 1, registers=None)
+    seen = {first, plain}
+    yield plain
+    for tile in sorted(candidates(shape, kind), key=lambda tile: cost(shape, kind, tile)):
+        if tile not in seen:
+            seen.add(tile)
+            yield tile
 
 
 def candidates(shape: Shape, kind: Pass) -> Iterator[Tile]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vistoken.kernels.dispatch import on_device
 from vistoken.kernels.neighborhood_tiles import Tile
+from vistoken.kernels.neighborhood_trust import sound_tile
 from vistoken.kernels.neighborhood_windows import Neighborhood
 from vistoken.kernels.triton_neighborhood_geometry import (
     bounds,
@@ -219,7 +220,7 @@ def forward(
     q, k, v = rows_packed(q), rows_packed(k), rows_packed(v)
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-    launch = plan(q, hood, "forward", tile)
+    launch = plan(q, hood, "forward", tile or sound_tile("forward", q, k, hood, extra_k, rpb))
     extra_k = None if extra_k is None else rows_packed(extra_k)
     extra_v = None if extra_v is None else rows_packed(extra_v)
     count = 0 if extra_k is None else extra_k.shape[1]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vistoken.kernels.dispatch import on_device
 from vistoken.kernels.neighborhood_tiles import Tile
+from vistoken.kernels.neighborhood_trust import sound_tile
 from vistoken.kernels.neighborhood_windows import Neighborhood
 from vistoken.kernels.triton_neighborhood import extra_block
 from vistoken.kernels.triton_neighborhood_backward import _key, _query
@@ -73,7 +74,7 @@ def query_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Gradient of q, and `delta [B, *grid, H]`."""
     dq, delta = q.new_empty(q.shape), torch.empty_like(lse)
-    launch = plan(q, hood, "query", tile)
+    launch = plan(q, hood, "query", tile or sound_tile("query", q, k, hood, extra_k, rpb))
     extra_k = None if extra_k is None else rows_packed(extra_k)
     extra_v = None if extra_v is None else rows_packed(extra_v)
     count = 0 if extra_k is None else extra_k.shape[1]
@@ -104,7 +105,7 @@ def key_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of k and v."""
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    launch = plan(q, hood, "key", tile)
+    launch = plan(q, hood, "key", tile or sound_tile("key", q, k, hood, None, rpb))
     heads, key_heads = q.shape[-2], k.shape[-2]
     _key[launch.programs(q.shape[0], key_heads)](
         q, k, v, grad, lse, delta, dk, dv, q if rpb is None else rpb.contiguous(),
