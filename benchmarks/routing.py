@@ -1,9 +1,9 @@
 """Routed attention on a GPU: agreement with float64, times and memory beside others.
 
-python benchmarks/routing.py --check --seconds 120
+python benchmarks/routing.py --check --seconds 120  # --share 0/8 to 7/8 side by side
 python benchmarks/routing.py --bench --seconds 400 --out benchmarks/results
 python benchmarks/routing.py --models --seconds 200 --out benchmarks/results
-python benchmarks/routing.py --tune --seconds 300
+python benchmarks/routing.py --tune --seconds 300 --workers 12
 """
 
 from __future__ import annotations
@@ -17,69 +17,32 @@ import statistics
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import triton
 from neighborhood_tune import Clock, event_ms, graph_ms, relative, say
+from routing_tune import MORE, PROBLEMS, Problem, tune
 from torch import Tensor
 
 from vistoken.kernels import routing_reference as reference
-from vistoken.kernels import triton_routing, triton_routing_gradients
 from vistoken.kernels.routing import block_list_attention, routed_attention
-from vistoken.kernels.routing_regions import Routing, count_regions, merge, partition, route
-from vistoken.kernels.routing_tiles import Tile, _walk, block, choose, split
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Sizes of one operator call."""
-
-    batch: int
-    grid: tuple[int, int]
-    heads: int
-    dim: int
-    n_win: int
-    topk: int
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return -(-self.grid[0] // self.n_win), -(-self.grid[1] // self.n_win)
-
-    @property
-    def name(self) -> str:
-        grid = "x".join(map(str, self.grid))
-        return f"bra B{self.batch} {grid} H{self.heads} D{self.dim} S{self.n_win} k{self.topk}"
-
-    def tensors(self, count: int = 3, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-        shape = (self.batch, *self.grid, self.heads, self.dim)
-        return [torch.randn(shape, device="cuda", dtype=dtype) for _ in range(count)]
-
-
-def stages(batch: int, side: int, n_win: int) -> list[Problem]:
-    """The three routed stages of BiFormer-B at an image size."""
-    return [
-        Problem(batch, (side // down,) * 2, heads, 32, n_win, topk)
-        for down, heads, topk in ((4, 3, 1), (8, 6, 4), (16, 12, 16))
-    ]
-
-
-PROBLEMS = [*stages(64, 224, 7), *stages(64, 512, 8)]
-MORE = [
-    Problem(2, (200, 336), 3, 32, 16, 1),
-    Problem(2, (100, 168), 6, 32, 16, 4),
-    Problem(2, (50, 84), 12, 32, 16, 16),
-    Problem(16, (37, 37), 16, 64, 7, 25),
-    Problem(4, (64, 64), 12, 64, 8, 16),
-]
+from vistoken.kernels.routing_regions import (
+    Routing,
+    _route,
+    count_regions,
+    inverse_lists,
+    merge,
+    partition,
+    route,
+)
 
 # --- agreement -----------------------------------------------------------------------------------
 
 
 def check_problem(problem: Problem, dtype: torch.dtype, extra: int = 0, pads: str = "mask",
-                  per_head: bool = False) -> dict[str, float]:  # fmt: skip
+                  per_head: bool = False, distinct: bool = True) -> dict[str, float]:  # fmt: skip
     """Relative errors of output and gradients against the float64 reference, on one small batch."""
     small = dataclasses.replace(problem, batch=min(problem.batch, 2), heads=min(problem.heads, 2))
     q, k, v, grad = small.tensors(4, dtype)
@@ -88,7 +51,7 @@ def check_problem(problem: Problem, dtype: torch.dtype, extra: int = 0, pads: st
     index = route(q, k, small.size, small.topk, per_head)
     leaves = [x.detach().requires_grad_() for x in (q, k, v, *more)]
     out, lse = routed_attention(*leaves[:3], index, small.size, None, pads, *leaves[3:],
-                                return_lse=True)  # fmt: skip
+                                return_lse=True, distinct=distinct)  # fmt: skip
     grad_lse = torch.randn_like(lse)
     torch.autograd.backward([out, lse], [grad, grad_lse])
     wide = [x.detach().double() for x in leaves] + [None, None]
@@ -101,6 +64,23 @@ def check_problem(problem: Problem, dtype: torch.dtype, extra: int = 0, pads: st
     for name, leaf, value in zip(("q", "k", "v", "ek", "ev"), leaves, grads, strict=False):
         errors[name] = relative(leaf.grad, value)
     return errors
+
+
+def check_lists(problem: Problem, per_head: bool) -> dict[str, float]:
+    """Share of regions chosen otherwise than in float64, and of differences of inverse lists."""
+    q, k, _ = problem.tensors()
+    index = route(q, k, problem.size, problem.topk, per_head)
+    exact = _route(q.double(), k.double(), problem.size, problem.topk, per_head)
+    total = index.shape[2]
+    other = (one_hot(index, total) != one_hot(exact, total)).double().mean().item()
+    found, wanted = (inverse_lists(x, None, total) for x in (index, index.cpu()))
+    same = all(torch.equal(a.cpu(), b) for a, b in zip(found, wanted, strict=True))
+    return {"lists": other, "inverse": float(not same)}
+
+
+def one_hot(index: Tensor, total: int) -> Tensor:
+    shape = (*index.shape[:-1], total)
+    return torch.zeros(shape, dtype=torch.bool, device=index.device).scatter_(-1, index.long(), 1)
 
 
 def check_blocks() -> dict[str, float]:
@@ -130,6 +110,11 @@ def checks() -> Iterator[tuple[str, torch.dtype, Callable[[], dict[str, float]]]
         (ragged, torch.float16, {"per_head": True}),
         (ragged, single, {"extra": 3}),
         (MORE[3], half, {"extra": 5}),
+        (PROBLEMS[2], half, {"distinct": False}),
+        (PROBLEMS[2], torch.float16, {"per_head": True, "extra": 1}),
+        (MORE[5], half, {"extra": 5}),
+        (Problem(2, (13, 16), 2, 32, 5, 9), half, {}),
+        (Problem(2, (9, 11), 2, 24, 3, 4), half, {}),
         (dataclasses.replace(ragged, dim=24), half, {"extra": 70}),
         (dataclasses.replace(ragged, dim=128), half, {}),
         (dataclasses.replace(ragged, dim=256), half, {}),
@@ -139,11 +124,15 @@ def checks() -> Iterator[tuple[str, torch.dtype, Callable[[], dict[str, float]]]
         yield f"{problem.name} {more or ''}", dtype, lambda p=problem, d=dtype, m=more: (
             check_problem(p, d, **m))  # fmt: skip
     yield "block lists", half, check_blocks
+    for problem in PROBLEMS + MORE:
+        yield f"{problem.name} lists", half, lambda p=problem: check_lists(p, False)
+    yield "lists per head", half, lambda: check_lists(PROBLEMS[2], True)
 
 
-def check(clock: Clock) -> bool:
+def check(clock: Clock, part: int, parts: int) -> bool:
+    """Every `parts`-th check, so that processes side by side share the compiling."""
     good = True
-    for name, dtype, call in checks():
+    for name, dtype, call in list(checks())[part::parts]:
         if clock.over():
             say("out of time")
             return False
@@ -158,15 +147,20 @@ def check(clock: Clock) -> bool:
         good &= fine
         text = " ".join(f"{n} {e:.1e}" for n, e in errors.items())
         say("ok   " if fine else "WRONG", name, str(dtype)[6:], text)
-    q, k, v = (x.requires_grad_() for x in PROBLEMS[4].tensors())
-    index = route(q, k, PROBLEMS[4].size, 4)
+    return good and (part > 0 or all(map(repeats, (PROBLEMS[2], PROBLEMS[4]))))
+
+
+def repeats(problem: Problem) -> bool:
+    """Two backward passes agree bit for bit."""
+    q, k, v = (x.requires_grad_() for x in problem.tensors())
+    index = route(q, k, problem.size, problem.topk)
     runs = []
     for _ in range(2):
-        out = routed_attention(q, k, v, index, PROBLEMS[4].size)
+        out = routed_attention(q, k, v, index, problem.size, distinct=True)
         runs.append(torch.autograd.grad(out.float().square().sum(), (q, k, v)))
     same = all(map(torch.equal, *runs))
-    say("gradients repeat bit for bit:", same)
-    return good and same
+    say(problem.name, "gradients repeat bit for bit:", same)
+    return same
 
 
 # --- times ---------------------------------------------------------------------------------------
@@ -193,7 +187,7 @@ def rivals(problem: Problem, index: Tensor, skip: set[str]) -> dict[str, Callabl
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
     found: dict[str, Callable[..., Tensor]] = {
-        "vistoken": lambda q, k, v: routed_attention(q, k, v, index, size),
+        "vistoken": lambda q, k, v: routed_attention(q, k, v, index, size, distinct=True),
         "gather": lambda q, k, v: gathered(q, k, v, index, size),
         "sdpa full": sdpa,
     }
@@ -239,12 +233,27 @@ def peak_mib(call: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def paired(ours: Callable[[], object], other: Callable[[], object], rounds: int = 9) -> float:
+def replayed(call: Callable[[], object], repeats: int = 3) -> Callable[[], None]:
+    """A CUDA graph of several calls."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            call()
+    graph.replay()
+    return graph.replay
+
+
+def paired(ours: Callable[[], None], other: Callable[[], None], rounds: int = 15) -> float:
     """Median over rounds of the other's time over ours, one after the other in each round."""
     ratios = []
     for turn in range(rounds):
         pair = (ours, other) if turn % 2 else (other, ours)
-        times = {call: event_ms(lambda call=call: [call() for _ in range(3)], 1) for call in pair}
+        times = {call: event_ms(call, 1) for call in pair}
         ratios.append(times[other] / times[ours])
     return statistics.median(ratios)
 
@@ -278,7 +287,7 @@ def times(problem: Problem, index: Tensor, skip: set[str]) -> Iterator[dict]:
             ):  # fmt: skip
                 run()
                 ms, memory = graph_ms(run, 5), peak_mib(run)
-                ratio = 1.0 if name == "vistoken" else paired(own, run)
+                ratio = 1.0 if name == "vistoken" else paired(replayed(own), replayed(run))
                 say(f"{problem.name:36s} {name:10s} {direction:8s} {ms:.4f} ms {memory:8.1f} MiB "
                     f"x{ratio:.2f} {more}")  # fmt: skip
                 yield {**row, "direction": direction, "ms": ms, "peak_mib": memory,
@@ -326,8 +335,8 @@ def bench_models(clock: Clock, folder: str | None) -> None:
     import vistoken.models.biformer  # noqa: F401 (registers the models)
 
     kept, rows = layer.routed_attention, []
-    paths = {"vistoken": kept, "gather": lambda q, k, v, index, size, scale, pads: gathered(
-        q * (scale * q.shape[-1] ** 0.5), k, v, index, size)}  # fmt: skip
+    paths = {"vistoken": kept, "gather": lambda q, k, v, index, size, scale, pads, distinct: (
+        gathered(q * (scale * q.shape[-1] ** 0.5), k, v, index, size))}  # fmt: skip
     for side, n_win in ((224, 7), (512, 8)):
         model = timm.create_model("biformer_base", n_win=n_win).eval().cuda().bfloat16()
         image = torch.randn(64, 3, side, side, device="cuda", dtype=torch.bfloat16)
@@ -347,60 +356,6 @@ def bench_models(clock: Clock, folder: str | None) -> None:
                          "method": name, "mode": "graph", "ms": ms, "per_second": 64e3 / ms,
                          "peak_mib": memory})  # fmt: skip
         save(folder, "bra-models", rows)
-
-
-# --- tiles ---------------------------------------------------------------------------------------
-
-
-def tiles(problem: Problem, kind: str) -> Iterator[Tile]:
-    """Tiles around the chosen one."""
-    chosen = choose(problem.size, problem.size, problem.topk, problem.dim, 2, kind)
-    yield chosen
-    for limit in (32, 64, 128):
-        own = split(problem.size, limit)
-        rows = block(math.prod(own))
-        for columns in (16, 32, 64, 128):
-            if math.prod(problem.size) > 4 * columns:
-                continue
-            walk, per, columns = _walk(problem.size, problem.topk, columns)
-            for warps in (1, 2, 4):
-                for stages_ in (2, 3, 4):
-                    if rows // 16 <= 4 * warps <= rows:
-                        yield Tile(own, walk, per, rows, columns, warps, stages_)
-
-
-def passes(problem: Problem) -> dict[str, Callable[[Tile], object]]:
-    """Calls of the three passes that take a tile, with their inputs bound."""
-    q, k, v, grad = problem.tensors(4)
-    index = route(q, k, problem.size, problem.topk)
-    routing, scale = Routing(problem.size, problem.size), problem.dim**-0.5
-    tail = index, None, None, None, routing, scale
-    out, lse = triton_routing.forward(q, k, v, *tail)
-    given = (grad, None, q, k, v, out, lse, *tail)
-    _, delta = triton_routing_gradients.query_gradient(*given)
-    other = (grad, q, k, v, lse, delta, index, None, routing, scale)
-    return {
-        "forward": lambda tile: triton_routing.forward(q, k, v, *tail, tile=tile),
-        "query": lambda tile: triton_routing_gradients.query_gradient(*given, tile=tile),
-        "key": lambda tile: triton_routing_gradients.key_gradients(*other, tile=tile),
-    }
-
-
-def tune(problems: list[Problem], clock: Clock) -> None:
-    """The fastest tile of every pass; put it into `routing_tiles` where it beats the rule."""
-    for problem in problems:
-        for kind, run in passes(problem).items():
-            found = []
-            for tile in dict.fromkeys(tiles(problem, kind)):
-                if clock.over():
-                    return
-                try:
-                    found.append((graph_ms(lambda t=tile, r=run: r(t), 5, 5), tile))
-                except Exception as error:
-                    say("  failed", kind, tile, type(error).__name__)
-            rule = found[0][0]
-            for ms, tile in sorted(found, key=lambda pair: pair[0])[:3]:
-                say(f"{problem.name:36s} {kind:8s} {ms:.4f} (rule {rule:.4f}) {tile}")
 
 
 def save(folder: str | None, name: str, rows: list[dict]) -> None:
@@ -429,6 +384,9 @@ def main() -> None:
     parser.add_argument("--problems", default="", help="indices of the problem list, e.g. 0,3")
     parser.add_argument("--more", action="store_true", help="the second problem list")
     parser.add_argument("--skip", default="", help="implementations to leave out, e.g. flex")
+    parser.add_argument("--share", default="0/1", help="part of the checks, e.g. 3/8")
+    parser.add_argument("--workers", type=int, default=8, help="processes that compile tiles")
+    parser.add_argument("--passes", default="", help="passes to tune, e.g. forward,bands backward")
     parser.add_argument("--out")
     args = parser.parse_args()
     clock = Clock(args.seconds)
@@ -436,9 +394,10 @@ def main() -> None:
     known = MORE if args.more else PROBLEMS
     problems = [known[int(i)] for i in args.problems.split(",")] if args.problems else known
     say(torch.cuda.get_device_name(), torch.__version__, triton.__version__)
-    good = check(clock) if args.check else True
+    good = check(clock, *map(int, args.share.split("/"))) if args.check else True
     if args.tune:
-        tune(problems, clock)
+        kinds = [kind for kind in args.passes.split(",") if kind]
+        tune(problems, kinds, clock, args.workers)
     if args.bench:
         bench(problems, clock, set(args.skip.split(",")) - {""}, args.out)
     if args.models:

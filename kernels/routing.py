@@ -34,6 +34,7 @@ def routed_attention(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     return_lse: bool = False,
+    distinct: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of every region's queries over the tokens of the regions it lists.
 
@@ -55,6 +56,8 @@ def routed_attention(
         additional_values: `[B, E, Hk, Dv]`.
         return_lse: also return the natural logarithm of the softmax sums, `[B, X, Y, H]` in
             float32 (float64 for float64); it carries gradients.
+        distinct: the caller's word that no list has a region twice, as those of `route`; small maps
+            are faster with it, and wrong where it does not hold.
 
     Returns:
         `[B, X, Y, H, Dv]` in the type of q, contiguous; with `return_lse` a pair. Queries without
@@ -76,7 +79,8 @@ def routed_attention(
         raise ConfigError(f"pad_keys={pad_keys!r}: must be one of {PADS}")
     index = _check_index(index, q, math.prod(count_regions(grid, size)))
     routing = Routing(size, size, pad_keys == "attend", False)
-    out, lse = _attend(q, k, v, index, None, additional_keys, additional_values, routing, scale)
+    given = q, k, v, index, None, additional_keys, additional_values, routing, scale
+    out, lse = _attend(*given, distinct)
     return (out, lse) if return_lse else out
 
 
@@ -136,6 +140,7 @@ def block_list_attention(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, index: Tensor, counts: Tensor | None,
     extra_k: Tensor | None, extra_v: Tensor | None, routing: Routing, scale: float | None,
+    distinct: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k, v, extra_k, extra_v = _autocast(q, k, v, extra_k, extra_v)
@@ -145,6 +150,7 @@ def _attend(
     out, lse = ops.routed(
         q, k, v, index, counts, extra_k, extra_v,
         list(routing.q_size), list(routing.k_size), routing.pads, routing.causal, scale,
+        distinct,
     )  # fmt: skip
     return out, lse
 

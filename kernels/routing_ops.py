@@ -11,19 +11,28 @@ from torch import Tensor
 from vistoken.kernels import routing_reference as reference
 from vistoken.kernels.dispatch import ANY, as_given, use_triton
 from vistoken.kernels.neighborhood_reference import wide_type
-from vistoken.kernels.routing_regions import Routing
+from vistoken.kernels.routing_bands import bands_fit, bands_win
+from vistoken.kernels.routing_regions import MAX_BATCH, Routing
 
 MAX_DIM = 256
 """Widest head that the Triton kernels take."""
-
-MAX_BATCH = 65535
-"""Most batch entries, or heads, of a launch."""
 
 
 def triton_runs(q: Tensor, v: Tensor) -> bool:
     """Whether the Triton kernels take these tensors; the reference takes all."""
     fits = q.shape[-1] == v.shape[-1] <= MAX_DIM and max(q.shape[0], q.shape[-2]) <= MAX_BATCH
     return use_triton(q, ANY) and fits and q.numel() > 0
+
+
+def walks_bands(q: Tensor, k: Tensor, listed: int, routing: Routing, distinct: bool) -> bool:
+    """Whether the kernels of small maps take a problem, whose lists may have no repeats."""
+    grid, dim = (q.shape[1], q.shape[2]), q.shape[-1]
+    return (
+        distinct
+        and grid == (k.shape[1], k.shape[2])
+        and bands_fit(grid, routing, dim, q.element_size(), q.shape[-2] // k.shape[-2])
+        and bands_win(grid, routing.q_size, listed, dim)
+    )
 
 
 def _routing(
@@ -46,15 +55,20 @@ def routed(
     pads: bool,
     causal: bool,
     scale: float,
+    distinct: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, X, Y, H, Dv]` and lse `[B, X, Y, H]`; see `vistoken.kernels.routing`."""
-    given = (q, k, v, index, counts, extra_k, extra_v, _routing(q_size, k_size, pads, causal))
+    routing = _routing(q_size, k_size, pads, causal)
     if triton_runs(q, v):
+        if counts is None and walks_bands(q, k, index.shape[-1], routing, distinct):
+            from vistoken.kernels import triton_routing_bands as bands
+
+            return bands.forward(q, k, v, index, extra_k, extra_v, routing.q_size, scale)
         from vistoken.kernels import triton_routing
 
-        return triton_routing.forward(*given, scale)
+        return triton_routing.forward(q, k, v, index, counts, extra_k, extra_v, routing, scale)
     with as_given(q.device.type):
-        return reference.forward(*given, scale)
+        return reference.forward(q, k, v, index, counts, extra_k, extra_v, routing, scale)
 
 
 @routed.register_fake
@@ -81,17 +95,23 @@ def routed_backward(
     pads: bool,
     causal: bool,
     scale: float,
+    distinct: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, extra_k and extra_v; empty for those that were not given."""
     routing = _routing(q_size, k_size, pads, causal)
     given = (grad, grad_lse, q, k, v, out, lse, index, counts, extra_k, extra_v, routing, scale)
     with as_given(q.device.type):
-        if triton_runs(q, v):
+        if not triton_runs(q, v):
+            grads = reference.backward(*given)
+        elif counts is None and walks_bands(q, k, index.shape[-1], routing, distinct):
+            from vistoken.kernels import triton_routing_bands as bands
+
+            few = (index, extra_k, extra_v, routing.q_size, scale)
+            grads = bands.backward(grad, grad_lse, q, k, v, out, lse, *few)
+        else:
             from vistoken.kernels import triton_routing_gradients
 
             grads = triton_routing_gradients.backward(*given)
-        else:
-            grads = reference.backward(*given)
     dq, dk, dv, dek, dev = (q.new_empty(0) if g is None else g for g in grads)
     return dq, dk, dv, dek, dev
 

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vistoken.kernels.dispatch import ANY, as_given, as_op, use_triton
+
 Sides = tuple[int, int]
+
+MAX_RANKED = 256
+"""Most regions whose lists the Triton kernel finds."""
+
+MAX_BATCH = 65535
+"""Most batch entries, or heads, of a launch."""
+
+MAX_ENTRIES = 4096
+"""Longest lists of an image that the Triton kernel inverts: every region reads them all."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,12 @@ def inverse_lists(index: Tensor, counts: Tensor | None, total: int) -> tuple[Ten
         ids `[B, H, R * K]` and starts `[B, H, total + 1]`, both int32; rising ids, so sums over
         them have one order.
     """
+    entries = math.prod(index.shape[2:])
+    lines = index.shape[0] * index.shape[1]
+    if use_triton(index, (torch.int32,)) and 0 < entries <= MAX_ENTRIES and lines <= MAX_BATCH:
+        from vistoken.kernels import triton_routing_lists
+
+        return triton_routing_lists.inverse_lists(index, counts, total)
     ids, ok = valid_lists(index, counts, total)
     flat = ids.masked_fill(~ok, total).flatten(2)
     keys, order = flat.sort(dim=-1, stable=True)
@@ -116,14 +135,41 @@ def route(q: Tensor, k: Tensor, size: Sides, topk: int, per_head: bool = False) 
         per_head: whether every head has lists of its own, by its own part of the means.
 
     Returns:
-        `[B, H or 1, R, topk]` int32 without gradient (Zhu et al., CVPR 2023, section 3.2).
+        `[B, H or 1, R, topk]` int32 without gradient (Zhu et al., CVPR 2023, section 3.2), no
+        region twice in a list.
     """
-    with torch.no_grad():
-        mean_q, mean_k = region_means(q.detach(), size), region_means(k.detach(), size)
+    run = route_op if as_op(q, ANY) else _route
+    index: Tensor = run(q.detach(), k.detach(), list(size), topk, per_head)
+    return index
+
+
+def _route(q: Tensor, k: Tensor, size: Sequence[int], topk: int, per_head: bool) -> Tensor:
+    sides, grid = (size[0], size[1]), (q.shape[1], q.shape[2])
+    few = math.prod(count_regions(grid, sides)) <= MAX_RANKED
+    if use_triton(q, ANY) and few and q.shape[0] <= MAX_BATCH and q.numel() > 0:
+        from vistoken.kernels import triton_routing_lists
+
+        return triton_routing_lists.route(q, k, sides, topk, per_head)
+    with torch.no_grad(), as_given(q.device.type):
+        mean_q, mean_k = region_means(q, sides), region_means(k, sides)
         mean_k = mean_k.repeat_interleave(q.shape[-2] // k.shape[-2], 2)
         if per_head:
             scores = mean_q.transpose(1, 2) @ mean_k.permute(0, 2, 3, 1)
         else:
             scores = (mean_q.flatten(2) @ mean_k.flatten(2).transpose(1, 2))[:, None]
-        index: Tensor = scores.topk(min(topk, scores.shape[-1]), dim=-1).indices.int()
-        return index
+        return scores.topk(min(topk, scores.shape[-1]), dim=-1).indices.int()
+
+
+route_op = torch.library.custom_op(
+    "vistoken::route",
+    _route,
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, SymInt[] size, int topk, bool per_head) -> Tensor",
+)
+
+
+@route_op.register_fake
+def _(q: Tensor, k: Tensor, size: Sequence[int], topk: int, per_head: bool) -> Tensor:
+    rows, columns = count_regions((q.shape[1], q.shape[2]), (size[0], size[1]))
+    regions, heads = rows * columns, (q.shape[-2] if per_head else 1)
+    return q.new_empty(q.shape[0], heads, regions, min(topk, regions), dtype=torch.int32)

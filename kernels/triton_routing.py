@@ -25,6 +25,7 @@ from vistoken.kernels.triton_routing_geometry import (
     walk_step,
 )
 from vistoken.kernels.triton_routing_launch import (
+    LISTS,
     SIZES,
     geometry,
     list_strides,
@@ -34,7 +35,7 @@ from vistoken.kernels.triton_routing_launch import (
 )
 
 
-@triton.jit(do_not_specialize=[*SIZES, "listed", "extra", "group", "shift"])
+@triton.jit(do_not_specialize=[*SIZES, *LISTS, "extra", "group", "shift"])
 def _forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, list_ptr, count_ptr, extra_k_ptr, extra_v_ptr,
     sqb, sqx, sqy, sqh, skb, skx, sky, skh, svb, svx, svy, svh, seb, sen, seh, sfb, sfn, sfh,

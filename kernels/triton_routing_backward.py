@@ -18,10 +18,10 @@ from vistoken.kernels.triton_routing_geometry import (
     walk_lanes,
     walk_step,
 )
-from vistoken.kernels.triton_routing_launch import SIZES
+from vistoken.kernels.triton_routing_launch import LISTS, SIZES
 
 
-@triton.jit(do_not_specialize=[*SIZES, "listed", "extra", "group", "shift"])
+@triton.jit(do_not_specialize=[*SIZES, *LISTS, "extra", "group", "shift"])
 def _query(
     q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, grad_lse_ptr, delta_ptr, dq_ptr,
     list_ptr, count_ptr, extra_k_ptr, extra_v_ptr,
@@ -100,7 +100,7 @@ def _query(
     store_rows(dq_ptr + entry * D, row * D, inside, dims, dq * scale, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "listed", "shift"])
+@triton.jit(do_not_specialize=[*SIZES, *LISTS, "group", "shift"])
 def _key(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, list_ptr, start_ptr,
     sqb, sqx, sqy, sqh, skb, skx, sky, skh, svb, svx, svy, svh, sgb, sgx, sgy, sgh,

@@ -19,6 +19,9 @@ SIZES = [
 ]  # fmt: skip
 """Grids, regions and tiles of the own and the walked side: one compiled kernel serves them all."""
 
+LISTS = ["listed", "slb", "slh", "heads"]
+"""Length of the lists, their strides, and the heads."""
+
 
 def plan(
     own: Sides, walked: Sides, listed: int, q: Tensor, kind: Pass, tile: Tile | None = None

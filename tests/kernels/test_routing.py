@@ -19,6 +19,7 @@ from vistoken.kernels.routing_regions import (
     partition,
     region_means,
     route,
+    route_op,
 )
 
 DOUBLE = torch.float64
@@ -268,8 +269,9 @@ def test_operator_checks_pass():
     q, k, v = (torch.randn(1, 4, 6, 2, 4, requires_grad=True) for _ in range(3))
     extra = [torch.randn(1, 2, 2, 4, requires_grad=True) for _ in range(2)]
     index = torch.randint(0, 6, (1, 1, 6, 2), dtype=torch.int32)
-    args = (q, k, v, index, None, *extra, [2, 2], [2, 2], False, False, 0.5)
+    args = (q, k, v, index, None, *extra, [2, 2], [2, 2], False, False, 0.5, False)
     torch.library.opcheck(ops.routed, args)
+    torch.library.opcheck(route_op, (q.detach(), k.detach(), [2, 2], 2, True))
 
 
 def test_compiles_without_graph_break_and_exports():

@@ -16,15 +16,23 @@ from triton.compiler import ASTSource
 import triton
 from vistoken.kernels import triton_routing as forward
 from vistoken.kernels import triton_routing_backward as backward
+from vistoken.kernels import triton_routing_bands as bands
 from vistoken.kernels import triton_routing_launch as launch
+from vistoken.kernels import triton_routing_lists as lists
+from vistoken.kernels.routing_bands import choose_bands
 
-FLOAT = {"lse_ptr", "delta_ptr", "grad_lse_ptr", "scale", "scale2"}
-WHOLE = {"list_ptr", "count_ptr", "start_ptr"}
+FLOAT = {"lse_ptr", "delta_ptr", "grad_lse_ptr", "scale", "scale2", "mean_q_ptr", "mean_k_ptr"}
+WHOLE = {"list_ptr", "count_ptr", "start_ptr", "ids_ptr"}
 
 
-def build(name, kernel, own, walked, listed, dim, **more):
-    constants = dict(launch.constants_of(own, walked, listed, dim, 2, name)[1], **more)
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+def build_pass(name, kernel, own, walked, listed, dim, **more):
+    constants = launch.constants_of(own, walked, listed, dim, 2, name)[1]
+    build(f"{name} {own} {dim}", kernel, {**constants, **more})
+
+
+def build(name, kernel, constants):
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")
+               if name in constants}
     constants = {name: constants[name] for name in kernel.arg_names if name in constants}
     signature, exact = {}, {}
     for at, arg in enumerate(kernel.arg_names):
@@ -39,7 +47,7 @@ def build(name, kernel, own, walked, listed, dim, **more):
     try:
         built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     except Exception as error:
-        print("failed", name, own, dim, repr(error)[:300])
+        print("failed", name, repr(error)[:300])
         return
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
@@ -50,7 +58,7 @@ def build(name, kernel, own, walked, listed, dim, **more):
                                text=True).stdout
     registers, stack = (int(re.search(key + r":(\\d+)", usage)[1]) for key in ("REG", "STACK"))
     word = "built" if built.metadata.shared < 227 * 1024 and stack == 0 else "spills"
-    print(word, name, own, dim, registers, stack, built.metadata.shared)
+    print(word, name, registers, stack, built.metadata.shared)
 
 
 PROBLEMS = [
@@ -64,9 +72,24 @@ PROBLEMS = [
 for own, walked, listed, dim, options in PROBLEMS:
     both = {"COUNTED": False, "PADS": False, "CAUSAL": False, "EXTRA": 0, "GRAD_LSE": False,
             "GROUPED": False, "WIDE": False, **options}
-    build("forward", forward._forward, own, walked, listed, dim, **both)
-    build("query", backward._query, own, walked, listed, dim, **both)
-    build("key", backward._key, walked, own, listed, dim, **both)
+    build_pass("forward", forward._forward, own, walked, listed, dim, **both)
+    build_pass("query", backward._query, own, walked, listed, dim, **both)
+    build_pass("key", backward._key, walked, own, listed, dim, **both)
+
+for grid, size, listed, dim, options in (
+    ((14, 14), (2, 2), 16, 32, {}),
+    ((16, 16), (2, 2), 9, 64, {"EXTRA": 16}),
+):
+    both = {"EXTRA": 0, "GRAD_LSE": False, "WIDE": False, **options}
+    for kind, kernel in (("forward", bands._forward), ("backward", bands._backward)):
+        tile = choose_bands(grid, size, dim, kind)
+        build(f"bands {kind} {dim}", kernel, {**bands.constants_of(tile, listed, dim, 2), **both})
+build("means", lists._means, {"D": 32, "BT": 4, "BC": 512, "WIDE": False})
+for block, channels in ((64, 32), (256, 16)):
+    build(f"best {block}", lists._best, {
+        "PER_HEAD": False, "D": 32, "BR": lists.ROWS, "BN": block, "BC": channels,
+        "PRECISION": "tf32x3"})
+build("invert", lists._invert, {"COUNTED": True, "BLOCK": 1024, "num_warps": 1})
 """
 
 
@@ -78,5 +101,5 @@ def test_routing_kernels_compile():
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment
     )
     lines = out.stdout.splitlines()
-    assert len(lines) == 18, out.stderr[-3000:]
+    assert len(lines) == 26, out.stderr[-3000:]
     assert all(line.startswith("built") for line in lines), lines

@@ -94,7 +94,7 @@ class BiLevelRoutingAttention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         index = route(q, k, size, self.topk)
         pads = "attend" if self.pad_keys == "zeros" else "mask"
-        out: Any = routed_attention(q, k, v, index, size, self.scale, pads)
+        out: Any = routed_attention(q, k, v, index, size, self.scale, pads, distinct=True)
         out = out.flatten(-2)
         if self.lepe is not None:
             out = out + self.lepe(v.flatten(-2).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
