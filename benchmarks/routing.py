@@ -26,6 +26,7 @@ from neighborhood_tune import Clock, event_ms, graph_ms, relative, say
 from routing_tune import MORE, PROBLEMS, Problem, tune
 from torch import Tensor
 
+from vistoken.attention import BiLevelRoutingAttention
 from vistoken.kernels import routing_reference as reference
 from vistoken.kernels.routing import block_list_attention, routed_attention
 from vistoken.kernels.routing_regions import (
@@ -296,14 +297,20 @@ def times(problem: Problem, index: Tensor, skip: set[str]) -> Iterator[dict]:
             say("  failed", problem.name, name, type(error).__name__, str(error)[:200])
 
 
-def routing_time(problem: Problem) -> dict:
-    """Region means, scores and top-k, which come before the operator."""
-    q, k, _ = problem.tensors()
-    ms = graph_ms(lambda: route(q, k, problem.size, problem.topk))
-    say(f"{problem.name:36s} routing {ms:.4f} ms")
-    return {"case": problem.name, "batch": problem.batch, "dtype": "bfloat16",
-            "method": "vistoken routing", "mode": "graph", "direction": "fwd",
-            "ms": ms}  # fmt: skip
+def routing_time(problem: Problem) -> list[dict]:
+    """The choice of regions, which comes before the operator, beside the whole layer."""
+    shape = problem.heads * problem.dim, problem.heads, problem.n_win, problem.topk
+    layer = BiLevelRoutingAttention(*shape).cuda().bfloat16()
+    x = torch.randn(problem.batch, *problem.grid, shape[0], device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        q, k, _ = layer.qkv(x).unflatten(-1, (3, problem.heads, -1)).unbind(-3)
+        ms = graph_ms(lambda: route(q, k, problem.size, problem.topk))
+        whole = graph_ms(lambda: layer(x))
+    say(f"{problem.name:36s} routing {ms:.4f} ms, {ms / whole:.1%} of the layer's {whole:.4f} ms")
+    row = {"case": problem.name, "batch": problem.batch, "dtype": "bfloat16", "mode": "graph",
+           "direction": "fwd"}  # fmt: skip
+    return [{**row, "method": "vistoken routing", "ms": ms},
+            {**row, "method": "vistoken layer", "ms": whole}]  # fmt: skip
 
 
 def bench(problems: list[Problem], clock: Clock, skip: set[str], folder: str | None) -> None:
@@ -321,7 +328,7 @@ def bench(problems: list[Problem], clock: Clock, skip: set[str], folder: str | N
             del q, k
             found = list(times(problem, index, skip | only))
             if only == {"flex"}:
-                rows.append(routing_time(problem))
+                rows += routing_time(problem)
             rows += [r for r in found if only == {"flex"} or r["method"] != "vistoken"]
             save(folder, "bra", rows)
             torch.cuda.empty_cache()
