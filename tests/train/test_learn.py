@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from datetime import timedelta
@@ -21,6 +20,7 @@ pytest.importorskip("jsonargparse")
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed import TCPStore
 from torch.utils.data import IterableDataset
 
 import vistoken
@@ -183,31 +183,33 @@ def learn_a_little(root: str, out: str, devices: int, batch: int) -> dict[str, t
 def test_two_processes_hold_the_same_logits_as_one_with_twice_the_batch(
     pictures: Path, tmp_path: Path
 ) -> None:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    # The store is up, on a port that is its own, before any process looks for it.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     torchrun = {
-        "TORCHELASTIC_RUN_ID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
+        "TORCHELASTIC_RUN_ID": "0", "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
     }  # fmt: skip
     words = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(pictures)]
-    runs = [
-        subprocess.Popen(
-            [*words, str(tmp_path / "two.pt")],
-            env={**os.environ, **torchrun, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    said = [tmp_path / f"rank{rank}.txt" for rank in range(2)]
+    runs = []
+    for rank in range(2):
+        with said[rank].open("w") as out:  # A pipe that nobody reads would fill up and block.
+            runs.append(
+                subprocess.Popen(
+                    [*words, str(tmp_path / "two.pt")],
+                    env={**os.environ, **torchrun, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                )
+            )
     try:
-        said = [run.communicate(timeout=120)[0] for run in runs]
+        ends = [run.wait(timeout=400) for run in runs]
     finally:
         for run in runs:
             run.kill()
-    assert [run.returncode for run in runs] == [0, 0], said[0][-3000:]
+    assert ends == [0, 0], "\n".join(path.read_text()[-2000:] for path in said)
     two = torch.load(tmp_path / "two.pt")
     one = learn_a_little(str(pictures), str(tmp_path / "one.pt"), devices=1, batch=4)
     assert two["logits"].shape[0] == 2

@@ -63,7 +63,7 @@ class Cost(nn.Module):
             )
         return DiffRate.at_gflops(self.shape, share * count_macs(self.shape) / 1e9).plan(self.shape)
 
-    def meet(self, schedule: Schedule, target: float, least: int = 1) -> Schedule:
+    def meet(self, schedule: Schedule, target: float) -> Schedule:
         """A schedule of the same form that uses up the target: all removals by one factor.
 
         Blocks that rest go on resting.
@@ -71,12 +71,11 @@ class Cost(nn.Module):
         Args:
             schedule: counts that cost more or less than the target.
             target: wanted cost.
-            least: patch tokens that must stay.
 
         Raises:
             ScheduleError: no factor up to 4 makes it that cheap.
         """
-        shape, fewest = self.shape, self.shape.prefix + least
+        shape, fewest = self.shape, self.shape.prefix + 1
 
         def scaled(factor: float) -> Schedule:
             kept = [
@@ -180,7 +179,7 @@ def resolve_target(cost: Cost, target_gflops: float | None, target_speedup: floa
 def check_reachable(cost: Cost, rates: Rates, target: float) -> None:
     """Raise `ScheduleError` for a target that no counts of the learned blocks can meet."""
     shape = rates.shape
-    fewest = shape.prefix + max(1, int(rates.candidates[-1]))
+    fewest = rates.fewest
     counts = [(shape.tokens, shape.tokens)] * shape.depth
     for block in range(rates.blocks[0], shape.depth):
         counts[block] = (fewest, fewest)

@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from timm.data import Mixup, create_dataset, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from vistoken.errors import ConfigError, VistokenError
 from vistoken.eval.sources import SCHEMES, Pictures, PictureStream
-from vistoken.train.order import EpochOrder, Numbered, ResumableLoader
+from vistoken.train.order import EpochOrder, Numbered, ResumableData, ResumableLoader
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class ImagesData(LightningDataModule):  # type: ignore[misc]
+class ImagesData(ResumableData):
     """Training and validation pictures of an image folder, a tar file, or a stream.
 
     Args:
@@ -172,7 +171,7 @@ class ImagesData(LightningDataModule):  # type: ignore[misc]
                 f"{world} processes"
             )
         sampler = EpochOrder(data, world, rank, shuffle=True, seed=given["seed"], drop_last=True)
-        return ResumableLoader(data, sampler, batch, options)
+        return self.resumable(ResumableLoader(data, sampler, batch, options))
 
     def _stream(
         self, source: Any, transform: Any, training: bool, world: int, options: dict[str, Any]

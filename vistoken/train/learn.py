@@ -377,13 +377,17 @@ class RateLearning(LightningModule):  # type: ignore[misc]
 
 
 def within(schedule: Schedule, rates: Rates) -> Schedule:
-    """A schedule whose removals in blocks that are not learned wait for the next learned one."""
-    shape = rates.shape
+    """A schedule as a start that the rates can hold.
+
+    Removals in blocks that are not learned wait for the next learned one, and no count lies below
+    the smallest candidate.
+    """
+    shape, fewest = rates.shape, rates.fewest
     counts, before = [], shape.tokens
-    for block, (pruned, merged) in enumerate(schedule.counts):
-        pair = (
-            (min(pruned, before), min(merged, before)) if block in rates.blocks else (before,) * 2
-        )
-        counts.append(pair)
-        before = pair[1]
+    for block, pair in enumerate(schedule.counts):
+        pruned, merged = (min(before, max(fewest, count)) for count in pair)
+        if block not in rates.blocks:
+            pruned = merged = before
+        counts.append((pruned, merged))
+        before = merged
     return Schedule(shape.tokens, shape.prefix, tuple(counts))

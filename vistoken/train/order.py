@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -113,7 +113,7 @@ class ResumableLoader(DataLoader[Any]):
         self.order = order
         self.handed_out = self.behind = 0
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator: the sampler is asked at the first batch, when its epoch has been set.
         self.handed_out, self.behind = self.behind, 0
         self.order.skip = self.handed_out * int(self.batch_size or 1)
@@ -148,6 +148,31 @@ class ResumableLoader(DataLoader[Any]):
                 "the end of an epoch"
             )
         self.behind = state["handed_out"]
+
+
+class ResumableData(LightningDataModule):  # type: ignore[misc]
+    """Data whose place inside an epoch goes into checkpoints and comes back out of them.
+
+    Lightning restores loaders by itself only where no learning rate asked for their length before.
+    """
+
+    loader: ResumableLoader | None = None
+    place: dict[str, int] | None = None
+
+    def resumable(self, loader: ResumableLoader) -> ResumableLoader:
+        """The training loader, put where a checkpoint stopped."""
+        self.loader, place, self.place = loader, self.place, None
+        if place is not None:
+            loader.load_state_dict(place)
+        return loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training is inside its epoch."""
+        return {} if self.loader is None else {"loader": self.loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Note it for the loader that will be asked for."""
+        self.place = state_dict.get("loader")
 
 
 class Numbered(Dataset[tuple[Tensor, int]]):

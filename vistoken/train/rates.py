@@ -92,6 +92,11 @@ class Rates(nn.Module):
         self.last: Plan | None = None
 
     @property
+    def fewest(self) -> int:
+        """Tokens that the smallest candidate keeps, prefix included."""
+        return self.shape.prefix + int(self.candidates[-1])
+
+    @property
     def fixed(self) -> bool:
         """Whether the counts are frozen."""
         return not self.logits.requires_grad
@@ -111,7 +116,16 @@ class Rates(nn.Module):
         return torch.cat([prefix, patches], -1)
 
     def forward(self) -> Plan:
-        """Counts and masks of the logits as they are; notes the counts in the buffer."""
+        """Counts and masks of the logits as they are; notes the counts in the buffer.
+
+        Raises:
+            ConfigError: the logits are in half precision, which does not hold counts above 256.
+        """
+        if self.logits.dtype not in (torch.float32, torch.float64):
+            raise ConfigError(
+                f"logits of {self.logits.dtype}: counts are learned in float32; keep the rates in "
+                "it and use autocast (precision 'bf16-mixed') for the model"
+            )
         counts, chance = self.expected(), self.survival()
         if not self.fixed:
             self.counts.copy_(counts.detach())
@@ -166,9 +180,10 @@ class Rates(nn.Module):
         Each distribution is a bell of width `spread` around the count, so that it can move.
 
         Raises:
-            ScheduleError: another length or depth, or a block that is not learned removes tokens.
+            ScheduleError: another length or depth, a block that is not learned removes tokens, or
+                a count below the smallest candidate.
         """
-        shape = self.shape
+        shape, fewest = self.shape, self.fewest
         if (schedule.tokens, schedule.depth) != (shape.tokens, shape.depth):
             raise ScheduleError(
                 f"the schedule is for {schedule.tokens} tokens and {schedule.depth} blocks, the "
@@ -179,6 +194,12 @@ class Rates(nn.Module):
                 raise ScheduleError(
                     f"block {step.block} goes from {step.tokens} to {step.merged} tokens, but only "
                     f"the counts of blocks {list(self.blocks)} are learned"
+                )
+            if step.block in self.blocks and step.merged < fewest:
+                raise ScheduleError(
+                    f"block {step.block} keeps {min(step.pruned, step.merged)} tokens, but its "
+                    f"smallest candidate keeps {fewest}; take a granularity that divides "
+                    f"{shape.patches - 1}, or 1"
                 )
         wanted = torch.tensor([schedule.counts[block] for block in self.blocks])
         self.logits.copy_(bell(wanted - shape.prefix, self.candidates.cpu(), self.spread))

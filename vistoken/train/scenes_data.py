@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -19,7 +18,7 @@ from vistoken.eval.scenes import (
     paint_scenes,
     render_scenes,
 )
-from vistoken.train.order import ResumableLoader, ShareOrder
+from vistoken.train.order import ResumableData, ResumableLoader, ShareOrder
 
 Part = Literal["train", "val", "test"]
 
@@ -41,7 +40,7 @@ class SceneNumbers(Dataset[int]):
         return item
 
 
-class ScenesData(LightningDataModule):  # type: ignore[misc]
+class ScenesData(ResumableData):
     """Training scenes that are new in every epoch, fixed validation and test scenes.
 
     Validation holds out the last garments of the training split, so that nothing is chosen on the
@@ -110,7 +109,8 @@ class ScenesData(LightningDataModule):  # type: ignore[misc]
             return DataLoader(numbers, batch)
         world = 1 if self.trainer is None else self.trainer.world_size
         rank = 0 if self.trainer is None else self.trainer.global_rank
-        return ResumableLoader(numbers, ShareOrder(numbers, world, rank, drop_last=True), batch)
+        order = ShareOrder(numbers, world, rank, drop_last=True)
+        return self.resumable(ResumableLoader(numbers, order, batch))
 
     def train_dataloader(self) -> DataLoader[int]:
         """Return shuffled scene numbers."""

@@ -93,14 +93,14 @@ def learn_schedule(
         trainer.fit(module, loader)
         assert module.cost is not None
         learned = module.rates.schedule()
-        met = module.cost.meet(learned, module.target, int(module.rates.candidates[-1]))
+        met = module.cost.meet(learned, module.target)
         if folder is not None:
             met.save(Path(folder) / "schedule.json")
     return met
 
 
 def _trainer(model: nn.Module, steps: int, folder: Path) -> Trainer:
-    """A silent trainer of one process on the device of the model."""
+    """A quiet trainer of one process on the device of the model."""
     device = next(model.parameters()).device
     on: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "precision": "32-true"}
     if device.type == "cuda":

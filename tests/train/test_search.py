@@ -1,0 +1,183 @@
+"""Learned counts by one call, counts that meet a cost, and what the rates refuse to hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+pytest.importorskip("lightning")
+
+from lightning.pytorch import Trainer
+
+import vistoken
+from vistoken.api import shape_of
+from vistoken.errors import AlreadyWrappedError, ConfigError, ScheduleError
+from vistoken.latency import LatencyTable
+from vistoken.methods import DiffRate
+from vistoken.probe import Case
+from vistoken.schedule import Schedule
+from vistoken.shape import ModelShape
+from vistoken.train.costs import FlopsCost, LatencyCost
+from vistoken.train.learn import RateLearning, within
+from vistoken.train.rates import Rates
+from vistoken.train.search import learn_schedule
+
+TINY = {"img_size": 48, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("deit_tiny_patch16_224", num_classes=5, **TINY).eval()
+
+
+@pytest.fixture
+def loader() -> DataLoader:
+    torch.manual_seed(1)
+    return DataLoader(TensorDataset(torch.randn(12, 3, 48, 48), torch.arange(12) % 5), 4)
+
+
+def table_of(model: torch.nn.Module) -> LatencyTable:
+    """Made-up times: a block costs its tokens, and reducing in it as much as eight more."""
+    shape = shape_of(model)
+    case = Case("h", "b", 24, 2, 96, 3, 1, 37, 1, "float32", 2, "cpu", "eager", "diffrate", True, 8)
+    counts = (1, 13, 25, 37)
+    half = tuple(n / 20 for n in counts)
+    return LatencyTable(case, shape, "mlp", counts, tuple(n / 10 for n in counts), half, half,
+                        (0.4,) * 4, 3 * 3.7 + 1.0, 1.0, 1.0, "x", {}, 0.0)  # fmt: skip
+
+
+@pytest.mark.parametrize("cost", ["flops", "latency"])
+def test_counts_meet_the_target_and_leave_the_model_alone(model, loader, cost, tmp_path) -> None:
+    table = table_of(model) if cost == "latency" else None
+    measure = FlopsCost(shape_of(model)) if table is None else LatencyCost(table)
+    speedup = 1.25
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    images = torch.randn(2, 3, 48, 48)
+    before = model(images)
+    schedule = learn_schedule(
+        model, loader, target_speedup=speedup, cost=cost, table=table, steps=5, folder=tmp_path
+    )
+    target = measure.dense / speedup
+    assert measure.exactly(schedule) <= target
+    assert schedule == Schedule.load(tmp_path / "schedule.json")
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(model(images), before)
+    vistoken.wrap(model, DiffRate(schedule=schedule))(images)
+
+
+def test_flops_are_used_up(model, loader) -> None:
+    shape = shape_of(model)
+    wanted = 0.75 * FlopsCost(shape).dense
+    spent = learn_schedule(model, loader, target_gflops=wanted, steps=3).gflops(shape)
+    token = (FlopsCost(shape).dense - FlopsCost(shape).exactly(
+        Schedule(37, 1, ((37, 37), (36, 36), (36, 36)))))  # fmt: skip
+    assert wanted - 2 * token < spent <= wanted
+
+
+def test_learning_moves_the_counts_the_way_the_data_says(model) -> None:
+    """Where labels are read off one corner of the picture alone, what is attended to matters."""
+    torch.manual_seed(2)
+    images, labels = torch.randn(32, 3, 48, 48), torch.arange(32) % 5
+    loader = DataLoader(TensorDataset(images, labels), 8)
+    shape = shape_of(model)
+    start = FlopsCost(shape).closest(0.7 * FlopsCost(shape).dense)
+    learned = learn_schedule(model, loader, target_gflops=0.7 * FlopsCost(shape).dense, steps=60,
+                             lr=0.3)  # fmt: skip
+    assert learned != start
+    with torch.no_grad():
+        dense = model(images).log_softmax(-1)
+
+        def divergence(schedule: Schedule) -> float:
+            vistoken.wrap(model, DiffRate(schedule=schedule))
+            found = model(images).log_softmax(-1)
+            vistoken.unwrap(model)
+            return float(F.kl_div(found, dense, log_target=True, reduction="batchmean"))
+
+        assert divergence(learned) < divergence(start)
+
+
+def test_wrong_calls_are_refused_before_anything_changes(model, loader) -> None:
+    with pytest.raises(ConfigError, match="steps=0"):
+        learn_schedule(model, loader, target_speedup=1.2, steps=0)
+    with pytest.raises(ConfigError, match="table"):
+        learn_schedule(model, loader, target_speedup=1.2, table=table_of(model))
+    with pytest.raises(ConfigError, match="target"):
+        learn_schedule(model, loader, steps=1)
+    with pytest.raises(ScheduleError, match="reached"):
+        learn_schedule(model, loader, target_speedup=400.0, steps=1)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    vistoken.wrap(model, "tome:r=1")
+    with pytest.raises(AlreadyWrappedError):
+        learn_schedule(model, loader, target_speedup=1.2, steps=1)
+
+
+def test_meeting_a_cost_keeps_the_form() -> None:
+    shape = ModelShape.plain(64, 4, (5, 5))
+    cost = FlopsCost(shape)
+    given = Schedule(26, 1, ((26, 26), (20, 18), (18, 18), (10, 6)))
+    for share in (0.98, 0.9, 0.8, 0.6):
+        met = cost.meet(given, share * cost.dense)
+        assert share * cost.dense * 0.93 < cost.exactly(met) <= share * cost.dense
+        assert met.steps[0].idle and met.steps[2].idle, "blocks that rest go on resting"
+    with pytest.raises(ScheduleError, match="reach"):
+        cost.meet(given, 0.01 * cost.dense)
+
+
+# What rates hold ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granularity", [1, 2, 3, 4, 8])
+def test_every_schedule_that_candidates_can_hold_is_held(granularity: int) -> None:
+    shape = ModelShape.plain(64, 3, (7, 3))
+    rates = Rates(shape, granularity=granularity)
+    smallest = 21 - 20 // granularity * granularity
+    assert rates.fewest == smallest + 1
+    for count in range(smallest, 22):
+        schedule = Schedule(22, 1, ((22, 22), (count + 1, count + 1), (smallest + 1,) * 2))
+        rates.load(schedule)
+        assert rates.schedule() == schedule
+
+
+def test_counts_below_the_smallest_candidate_are_refused_and_starts_raised() -> None:
+    rates = Rates(ModelShape.plain(64, 3, (7, 3)), granularity=8)
+    before = rates.logits.detach().clone()
+    low = Schedule(22, 1, ((22, 22), (9, 8), (7, 3)))
+    with pytest.raises(ScheduleError, match=r"block 2 keeps 3 tokens.* 6; .*divides 20"):
+        rates.load(low)
+    assert torch.equal(rates.logits, before)
+    rates.load(within(low, rates))
+    assert rates.schedule().counts == ((22, 22), (9, 8), (7, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rates_in_half_precision_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(ConfigError, match="bf16-mixed"):
+        Rates(ModelShape.plain(64, 3, (7, 3))).to(dtype)()
+
+
+def test_trainers_in_half_precision_are_refused_before_the_first_step(model, loader) -> None:
+    module = RateLearning(backbone=model, target_speedup=1.2)
+    trainer = Trainer(accelerator="cpu", precision="bf16-true", max_steps=1, logger=False,
+                      enable_checkpointing=False, enable_progress_bar=False,
+                      enable_model_summary=False)  # fmt: skip
+    with pytest.raises(ConfigError, match=r"precision='bf16-true'.*bf16-mixed"):
+        trainer.fit(module, loader)
+
+
+def test_a_model_without_a_number_of_classes_is_learned(model, loader, tmp_path: Path) -> None:
+    class Plain(torch.nn.Module):
+        def __init__(self, net: torch.nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x)
+
+    assert learn_schedule(Plain(model), loader, target_speedup=1.2, steps=2).depth == 3
