@@ -11,6 +11,7 @@ from vistoken.vlm.diverse import HoloV, MaxMin, VisionZip
 from vistoken.vlm.global_com2 import GlobalCom2
 from vistoken.vlm.hired import HiRED
 from vistoken.vlm.inside import FastV, LayerMethod, LayerRates, PSigmoid, PyramidDrop
+from vistoken.vlm.must_drop import MustDrop
 
 __all__ = [
     "METHODS",
@@ -23,6 +24,7 @@ __all__ = [
     "LayerMethod",
     "LayerRates",
     "MaxMin",
+    "MustDrop",
     "PSigmoid",
     "PoolTokens",
     "PyramidDrop",
@@ -32,5 +34,5 @@ __all__ = [
 
 METHODS: dict[str, type[LanguageMethod]] = {
     cls.name: cls for cls in (HiRED, GlobalCom2, VisionZip, HoloV, MaxMin, RandomTokens, PoolTokens)
-} | {cls.name: cls for cls in (FastV, PyramidDrop, PSigmoid, LayerRates)}
+} | {cls.name: cls for cls in (FastV, PyramidDrop, PSigmoid, LayerRates, MustDrop)}
 """Every method for vision-language models, by its command-line name."""

@@ -14,7 +14,9 @@ from vistoken.errors import UnsupportedMethodError
 from vistoken.models.llava import LanguageHost, find_language
 from vistoken.vlm.base import Image, ImageMethod, LanguageMethod, Positions
 from vistoken.vlm.cache import short_of, shorten
-from vistoken.vlm.flow import Decoder, make_decoder
+from vistoken.vlm.flow import Decoder
+from vistoken.vlm.flow_hooks import Encoder as WholeEncoder
+from vistoken.vlm.flow_hooks import attach_decoder, make_decoder
 from vistoken.vlm.inside import LayerMethod
 from vistoken.vlm.layout import Layout, layout_of
 from vistoken.vlm.places import by_name, padding_of, user_positions
@@ -55,12 +57,13 @@ class Encoder:
         kwargs["return_dict"] = True
         output = plain(*args, **kwargs)
         features = list(output.pooler_output)
-        rows, start = self.reader.take(), 0
+        rows, outputs, start = self.reader.take(), self.reader.take_outputs(), 0
         for one, layout in zip(features, self.plan(features, bound), strict=True):
             parts = len(layout.sizes)
             mine = {index: row.part(start, parts) for index, row in rows.items()}
+            seen = {index: out[start : start + parts] for index, out in outputs.items()}
             start += parts
-            image = Image(one, layout.to(one.device), self.host.consumed, mine)
+            image = Image(one, layout.to(one.device), self.host.consumed, mine, seen)
             setattr(one, TAG, self.method.reduce(image))
             setattr(one, BY, self.method)
         output.pooler_output = features
@@ -162,17 +165,26 @@ def attach(model: nn.Module, method: LanguageMethod) -> LanguageAttachment:
     if model is not host.top:
         raise UnsupportedMethodError("pass the model that has generate(), not a module around it")
     attachment = LanguageAttachment(host, method)
+    if isinstance(method, ImageMethod):
+        method.check_host(host)
     if isinstance(method, LayerMethod):
         attachment.decoder = make_decoder(host, method)
-        if not method.idle and attachment.decoder.stages:
-            attachment.handles += attachment.decoder.attach()
-        return attachment
-    assert isinstance(method, ImageMethod)
-    method.check_host(host)
     if method.idle:
         return attachment
+    if isinstance(method, ImageMethod):
+        _attach_before(attachment, method.fitted(host))
+    if attachment.decoder is not None and attachment.decoder.stages:
+        if not isinstance(method, ImageMethod):
+            host.base.__dict__["get_image_features"] = WholeEncoder(host)
+        attachment.handles += attach_decoder(attachment.decoder)
+    return attachment
+
+
+def _attach_before(attachment: LanguageAttachment, method: ImageMethod) -> None:
+    """Install what cuts prompts before the language model."""
+    host = attachment.host
     attachment.reduces, attachment.positions = True, method.positions
-    reader = RowReader(method.layers(host))
+    reader = RowReader(method.layers(host), method.watched(host))
     reader.attach(host)
     host.base.__dict__["get_image_features"] = Encoder(host, method, reader)
     attachment.handles += [
@@ -180,7 +192,6 @@ def attach(model: nn.Module, method: LanguageMethod) -> LanguageAttachment:
         host.top.register_forward_pre_hook(Enter(attachment), with_kwargs=True),
         host.top.register_forward_hook(Leave(attachment), with_kwargs=True),
     ]
-    return attachment
 
 
 @dataclass
@@ -193,10 +204,14 @@ class Enter:
         """The call with the short prompt, or None to leave it alone."""
         attachment = self.attachment
         attachment.pending = None
+        if attachment.decoder is not None:
+            attachment.decoder.prompt = None
         inputs = by_name(module, args, kwargs)
         if has_images(inputs):
             prepared = shorten_prompt(attachment.host, inputs, attachment.positions, True)
             attachment.pending, attachment.counts = prepared, prepared.images
+            if attachment.decoder is not None:
+                attachment.decoder.prompt = prepared
             kept = {name: value for name, value in inputs.items() if name not in DROPPED}
             kept.update(
                 inputs_embeds=prepared.inputs_embeds,

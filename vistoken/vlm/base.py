@@ -29,12 +29,14 @@ class Image:
         layout: where the tokens come from.
         consumed: index of the tower layer whose output the projector reads.
         rows: class rows by index of the tower's layer, for the layers the method named.
+        outputs: what tower layers returned, by index, class token aside `[P, N, C]`.
     """
 
     features: Tensor
     layout: Layout
     consumed: int = 0
     rows: Mapping[int, Row] = field(default_factory=dict)
+    outputs: Mapping[int, Tensor] = field(default_factory=dict)
 
     def packed(self, scores: Tensor) -> Tensor:
         """Scores of raw tokens `[P, N]` in packed order `[V]`, -inf at newlines."""
@@ -51,10 +53,14 @@ class Reduced:
     Attributes:
         features: `[K, C]`.
         index: rising places among the image's V tokens that these features take `[K]` int64.
+        fixed: True at tokens that no later stage may drop `[K]`, or None.
+        fixes: how many these are.
     """
 
     features: Tensor
     index: Tensor
+    fixed: Tensor | None = None
+    fixes: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,14 @@ class ImageMethod(LanguageMethod):
     def layers(self, host: LanguageHost) -> tuple[int, ...]:
         """Tower layers whose class rows are read; empty for methods without."""
         return ()
+
+    def watched(self, host: LanguageHost) -> tuple[int, ...]:
+        """Tower layers whose output is read; empty for methods without."""
+        return ()
+
+    def fitted(self, host: LanguageHost) -> ImageMethod:
+        """The same settings with what depends on the model filled in."""
+        return self
 
     def check_host(self, host: LanguageHost) -> None:
         """Raise `UnsupportedMethodError` where the method cannot work on this model."""

@@ -7,47 +7,23 @@ so does what `generate` asks of the cache, which it counts at layer 0.
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from vistoken.errors import ConfigError, UnsupportedMethodError
+from vistoken.errors import ConfigError
 from vistoken.models.llava import LanguageHost
 from vistoken.vlm.choose import ranks
 from vistoken.vlm.inside import LayerMethod, Stages
-from vistoken.vlm.last_row import Keep, RowTap, check_decoder, last_place, last_row
-from vistoken.vlm.places import by_name, padding_of, user_positions
+from vistoken.vlm.last_row import RowTap, last_place, last_row, text_rows
+from vistoken.vlm.places import asking, padding_of
+from vistoken.vlm.prompt import Prepared
 
 NOTE = "_vistoken_columns"
 """Attribute of a cache: real columns `[B, n]` at its start, by stage; None for all."""
-
-
-WHOLE = "_vistoken_whole"
-"""Attribute of encoded images that reach the model in one piece."""
-
-
-class Encoder:
-    """`get_image_features` of one model; marks what it returns, for pieces of it lose the mark.
-
-    Args:
-        host: the model.
-    """
-
-    def __init__(self, host: LanguageHost) -> None:
-        plain: Any = host.base.get_image_features
-        self.plain = plain
-        self.__signature__ = inspect.signature(plain)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The host's output, marked; takes what the host takes."""
-        output = self.plain(*args, **kwargs)
-        if not isinstance(output, tuple):
-            setattr(output, WHOLE, True)
-        return output
 
 
 @dataclass
@@ -57,24 +33,36 @@ class Flow:
     Attributes:
         valid: real ones among the tokens that are left `[B, L]`, or None for all.
         image: image tokens among them `[B, L]`; None in passes that drop nothing.
-        total: image tokens of every row before any stage.
+        total: image tokens of every row before anything was dropped.
+        left: image tokens of every row now.
         text: other real tokens of every row.
         rotary: tables at the tokens that are left, from the first stage on.
         labels: labels at the tokens that are left, or None.
-        stage: the last stage that was entered, -1 before the first.
-        masks: what the layers after a stage attend to, computed once.
-        notes: real columns that the cache holds, by stage.
+        fixed: image tokens that every stage keeps `[B, L]`, or None.
+        fixes: how many these are of every row.
+        asks: most tokens of a row that `asking` names.
+        stage: the last edge that was passed, -1 before the first.
+        mask: what the layers after that edge attend to, computed once.
+        notes: real columns that the cache holds, by edge.
+        spans: columns that the cache held before and tokens of this pass, by edge.
+        orders: what every stage kept of the tokens before it `[B, L']`, for eviction.
     """
 
     valid: Tensor | None
     image: Tensor | None
-    total: tuple[int, ...]
-    text: tuple[int, ...]
+    total: tuple[int, ...] = ()
+    left: tuple[int, ...] = ()
+    text: tuple[int, ...] = ()
     rotary: tuple[Tensor, Tensor] | None = None
     labels: Tensor | None = None
+    fixed: Tensor | None = None
+    fixes: tuple[int, ...] = ()
+    asks: int = 1
     stage: int = -1
     mask: Any = None
     notes: dict[int, Tensor | None] = field(default_factory=dict)
+    spans: dict[int, tuple[int, int]] = field(default_factory=dict)
+    orders: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -85,46 +73,40 @@ class Decoder:
         host: the model.
         method: the settings.
         stages: share of image tokens from each layer on.
+        prompt: what cut the prompt of the coming pass before the language model, or None.
     """
 
     host: LanguageHost
     method: LayerMethod
     stages: Stages
     flow: Flow | None = None
+    prompt: Prepared | None = None
     taps: dict[int, RowTap] = field(default_factory=dict)
     counts: tuple[tuple[int, int], ...] = ()
 
-    def attach(self) -> list[Any]:
-        """Install every hook; returns the handles."""
-        top, layers = self.host.top, self.host.decoder
-        self.host.base.__dict__["get_image_features"] = Encoder(self.host)
-        handles: list[Any] = [
-            top.register_forward_pre_hook(Start(self), with_kwargs=True),
-            top.register_forward_hook(Finish(self), with_kwargs=True),
-        ]
-        for index in range(min(self.stages), len(layers)):
-            handles.append(
-                layers[index].register_forward_pre_hook(AtLayer(self, index), with_kwargs=True)
-            )
-        if self.method.row == "before":
-            for index in self.stages:
-                tap = self.taps[index] = RowTap()
-                attn: Any = layers[index - 1].self_attn
-                for name in ("q_proj", "k_proj"):
-                    handles.append(getattr(attn, name).register_forward_hook(Keep(tap, name)))
-        return handles
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """Layers from which on caches differ from those of the layers before, rising."""
+        # Layer 0 stays whole: `generate` counts there.
+        first = {max(1, min(self.stages) - 1)} if self.method.evicts else set()
+        return tuple(sorted({*self.stages, *first}))
 
-    def start(self, inputs: dict[str, Any]) -> None:
-        """Look at a call of the model: is there something to drop, and what is padding?"""
+    def start(self, inputs: dict[str, Any], images: bool) -> None:
+        """Look at a call of the model, with new images or not: what is there to drop?"""
         ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
         tokens = ids if ids is not None else inputs.get("inputs_embeds")
         assert tokens is not None
         length = tokens.shape[1]
-        notes = dict(getattr(cache, NOTE, {})) if _filled(cache) else {}
+        notes = dict(getattr(cache, NOTE, {})) if filled(cache) else {}
         given = inputs.get("attention_mask")
         valid = padding_of(given, length, bool(notes)) if length > 1 else None
-        if not _brings_images(inputs):
-            self.flow = Flow(valid, None, (), (), notes=notes) if notes else None
+        prompt, self.prompt = self.prompt, None
+        if prompt is not None:
+            self.flow = _cut_before(prompt, valid, inputs.get("labels"), notes)
+            self.want(self.flow)
+            return
+        if not images:
+            self.flow = Flow(valid, None, notes=notes) if notes else None
             return
         if ids is None:
             raise ConfigError("images with inputs_embeds: pass input_ids, they say where images go")
@@ -142,30 +124,32 @@ class Decoder:
         text = tuple(((seen & 1 == 0) & real).sum(1).tolist())
         if valid is not None and bool(real.all()):
             valid = None
-        self.flow = Flow(valid, image, total, text, labels=inputs.get("labels"), notes=notes)
-        least = min(self.stages.values())
-        self.counts = tuple((count, keep(least, count)) for count in total)
-        first = self.taps.get(min(self.stages))
-        if first is not None:
-            first.wanted = True
+        self.flow = Flow(
+            valid, image, total, total, text, labels=inputs.get("labels"), notes=notes,
+            fixes=(0,) * len(total),
+        )  # fmt: skip
+        self.want(self.flow)
+
+    def want(self, flow: Flow) -> None:
+        """Have the layer before the next stage keep its projections."""
+        later = [stage for stage in self.taps if stage > flow.stage]
+        if later and flow.image is not None:
+            self.taps[min(later)].wanted = True
 
     def enter(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """What layer `index` gets instead of `hidden` `[B, L, C]`; changes kwargs in place."""
         flow = self.flow
         assert flow is not None
-        if index in self.stages:
-            if flow.image is not None:
-                flow.rotary = flow.rotary or kwargs["position_embeddings"]
-                hidden = self.drop(index, hidden)
-            flow.stage, flow.mask = index, None
-            later = [stage for stage in self.stages if stage > index]
-            if later and flow.image is not None and self.taps:
-                self.taps[min(later)].wanted = True
+        if index in self.stages and flow.image is not None:
+            flow.rotary = flow.rotary or kwargs["position_embeddings"]
+            hidden = self.drop(index, hidden)
+        if index in self.edges:
+            flow.stage = index
+            flow.mask = self.mask(index, hidden, kwargs.get("past_key_values"))
+            self.want(flow)
         if flow.rotary is not None:
             kwargs["position_embeddings"] = flow.rotary
             kwargs["position_ids"] = None
-        if index == flow.stage:
-            flow.mask = self.mask(index, hidden, kwargs.get("past_key_values"))
         kwargs["attention_mask"] = flow.mask
         return hidden
 
@@ -173,17 +157,28 @@ class Decoder:
         """Keep this stage's share of image tokens; text, order and positions stay."""
         flow = self.flow
         assert flow is not None and flow.image is not None and flow.rotary is not None
-        counts = [keep(self.stages[index], total) for total in flow.total]
-        scores = self.scores(index, hidden).masked_fill(~flow.image, float("-inf"))
-        limit = torch.tensor(counts).to(hidden.device, non_blocking=True)
-        stays = (ranks(scores) < limit[:, None]) & flow.image | ~flow.image
+        droppable = flow.image if flow.valid is None else flow.image & flow.valid
+        scores = self.scores(index, hidden).masked_fill(~droppable, float("-inf"))
+        if self.method.by_threshold:
+            stays = scores >= 1
+            flow.left = tuple(stays.sum(1).tolist())
+        else:
+            share, rows = self.stages[index], zip(flow.total, flow.left, flow.fixes, strict=True)
+            flow.left = tuple(min(max(keep(share, n), least), left) for n, left, least in rows)
+            limit = torch.tensor(flow.left).to(hidden.device, non_blocking=True)
+            stays = (ranks(scores) < limit[:, None]) & droppable
+        counts, stays = flow.left, stays | ~flow.image
         if flow.valid is not None:
             stays = stays & flow.valid
+        self.counts = tuple(zip(flow.total, counts, strict=True))
         lengths = [text + count for text, count in zip(flow.text, counts, strict=True)]
         length = max(lengths)
         order = stays.to(torch.uint8).argsort(dim=-1, stable=True)[:, stays.shape[1] - length :]
         flow.valid = stays.gather(1, order) if min(lengths) < length else None
         flow.image = flow.image.gather(1, order)
+        flow.fixed = None if flow.fixed is None else flow.fixed.gather(1, order)
+        if self.method.evicts:
+            flow.orders[index] = order
         flow.rotary = tuple(  # type: ignore[assignment]
             table.expand(len(order), -1, -1).gather(
                 1, order[..., None].expand(-1, -1, table.shape[-1])
@@ -198,9 +193,20 @@ class Decoder:
         return hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1]))
 
     def scores(self, index: int, hidden: Tensor) -> Tensor:
-        """Attention of the last token to every token left `[B, L]`."""
+        """What every token left is worth `[B, L]`, by attention to it."""
         flow = self.flow
-        assert flow is not None and flow.rotary is not None
+        assert flow is not None and flow.rotary is not None and flow.image is not None
+        if self.method.row == "text":
+            query, keys = self.taps[index].take()
+            asks = asking(flow.image, flow.valid)
+            at = asks.to(torch.uint8).argsort(dim=1, stable=True)[:, -flow.asks :]
+            query = query.gather(1, at[..., None].expand(-1, -1, query.shape[-1]))
+            total, peak = text_rows(
+                self.host.decoder[index - 1].self_attn,  # type: ignore[arg-type]
+                query, keys, flow.rotary, at, asks.gather(1, at), flow.valid,
+            )  # fmt: skip
+            worth = self.method.worth(total.masked_fill(~flow.image, 0), peak)
+            return worth if flow.fixed is None else worth.masked_fill(flow.fixed, float("inf"))
         last = last_place(flow.valid, hidden)
         at = last[:, None, None]
         if self.method.row == "before":
@@ -222,6 +228,7 @@ class Decoder:
         batch, length = hidden.shape[:2]
         kind = self.host.base.config.get_text_config()._attn_implementation  # type: ignore[union-attr, operator]
         past, columns = _columns(cache, index, length)
+        flow.spans[index] = past, length
         old = flow.notes.get(index)
         if past == 0:
             old = None
@@ -253,7 +260,24 @@ class Decoder:
         return torch.zeros_like(seen, dtype=hidden.dtype).masked_fill(~seen, floor)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "flow": None}
+        return {**self.__dict__, "flow": None, "prompt": None}
+
+
+def _cut_before(
+    prompt: Prepared, valid: Tensor | None, labels: Tensor | None, notes: dict[int, Tensor | None]
+) -> Flow:
+    """The pass of a prompt whose images were cut before the language model."""
+    total, left, fixes = ([0] * len(prompt.lengths) for _ in range(3))
+    for row, counts, fixed in zip(prompt.rows, prompt.images, prompt.fixes, strict=True):
+        total[row] += counts[0]
+        left[row] += counts[1]
+        fixes[row] += fixed
+    text = tuple(all_ - images for all_, images in zip(prompt.lengths, left, strict=True))
+    return Flow(
+        None if max(prompt.lengths) == min(prompt.lengths) else valid, prompt.image_mask,
+        tuple(total), tuple(left), text, labels=labels, notes=notes, fixed=prompt.fixed,
+        fixes=tuple(fixes), asks=max(prompt.asks),
+    )  # fmt: skip
 
 
 def keep(share: float, total: int) -> int:
@@ -261,7 +285,7 @@ def keep(share: float, total: int) -> int:
     return max(min(1, total), int(share * total + 1e-9))
 
 
-def _filled(cache: Any) -> bool:
+def filled(cache: Any) -> bool:
     """Whether a cache holds anything."""
     return cache is not None and int(cache.get_seq_length()) > 0
 
@@ -279,122 +303,3 @@ def _columns(cache: Any, index: int, length: int) -> tuple[int, int]:
 def _rows(mask: Tensor, batch: int) -> Tensor:
     """`[B, n]` for a batch that beams may have widened."""
     return mask if len(mask) == batch else mask.repeat_interleave(batch // len(mask), 0)
-
-
-def _brings_images(inputs: dict[str, Any]) -> bool:
-    """Whether a call brings images.
-
-    Raises:
-        UnsupportedMethodError: it brings videos.
-    """
-    encoded = inputs.get("mm_encoder_outputs") or {}
-    if inputs.get("pixel_values_videos") is not None or encoded.get("video") is not None:
-        raise UnsupportedMethodError("videos cannot be reduced; vistoken.unwrap(model) for them")
-    output = encoded.get("image")
-    if output is not None and not getattr(output, WHOLE, False):
-        raise UnsupportedMethodError(
-            "image features came in pieces or from elsewhere: features encoded before wrap() and "
-            "prefill_chunk_size are not supported; pass pixel_values in one piece"
-        )
-    return inputs.get("pixel_values") is not None or output is not None
-
-
-@dataclass
-class Start:
-    """Pre-hook of the model."""
-
-    decoder: Decoder
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Prepares the pass; labels wait until the last layer is through."""
-        inputs = by_name(module, args, kwargs)
-        self.decoder.flow = None
-        self.decoder.start(inputs)
-        flow = self.decoder.flow
-        if flow is None:
-            _check_pieces(self.decoder.host, inputs)
-        if flow is None:
-            return None
-        if inputs.get("input_ids") is not None and inputs.get("position_ids") is not None:
-            inputs["position_ids"] = user_positions(self.decoder.host, inputs, inputs["input_ids"])
-        if flow.labels is None:
-            return (), inputs
-        language: Any = self.decoder.host.base.language_model
-        if getattr(language, "gradient_checkpointing", False) and module.training:
-            raise UnsupportedMethodError(
-                f"{self.decoder.method.name} cannot run under gradient checkpointing"
-            )
-        return (), {**inputs, "labels": None}
-
-
-@dataclass
-class Finish:
-    """Post-hook of the model: the cache notes its columns, the loss is taken on what is left."""
-
-    decoder: Decoder
-
-    def __call__(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        flow, self.decoder.flow = self.decoder.flow, None
-        if flow is None:
-            return None
-        plain = isinstance(output, tuple)  # return_dict=False
-        for value in output if plain else (getattr(output, "past_key_values", None),):
-            if hasattr(value, "get_query_offset"):
-                setattr(value, NOTE, flow.notes)
-        if flow.labels is None:
-            return None
-        size = self.decoder.host.base.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-        # A trainer that accumulates gradients says by how many labels the sum is divided.
-        total = {n: kwargs[n] for n in ("num_items_in_batch",) if kwargs.get(n) is not None}
-        logits = output[0] if plain else output.logits
-        loss = module.loss_function(logits=logits, labels=flow.labels, vocab_size=size, **total)
-        if plain:
-            return (loss, *output)
-        output.loss = loss
-        return None
-
-
-@dataclass
-class AtLayer:
-    """Pre-hook of a decoder layer."""
-
-    decoder: Decoder
-    index: int
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """The layer's call with what is left of the prompt."""
-        if self.decoder.flow is None:
-            return None
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        kwargs = dict(kwargs)
-        hidden = self.decoder.enter(self.index, hidden, kwargs)
-        return (hidden, *args[1:]), kwargs
-
-
-def _check_pieces(host: LanguageHost, inputs: dict[str, Any]) -> None:
-    """Raise where placeholders come without their images."""
-    ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
-    if ids is None or ids.shape[1] == 1 or _filled(cache):
-        return
-    config: Any = host.base.config
-    if bool((ids == config.image_token_id).any()):
-        raise UnsupportedMethodError(
-            "input_ids hold image tokens, but no image came along; prefill_chunk_size is not "
-            "supported on a wrapped model"
-        )
-
-
-def make_decoder(host: LanguageHost, method: LayerMethod) -> Decoder:
-    """The stages of a method, checked against the model; installs nothing.
-
-    Raises:
-        UnsupportedMethodError: the language model's layers cannot be read.
-        ScheduleError: the model has fewer layers than the settings name.
-    """
-    if host.spec.rotary_3d:
-        raise UnsupportedMethodError(
-            f"{method.name}: {host.spec.family} turns queries and keys along three axes"
-        )
-    config: Any = host.base.config
-    check_decoder(host.decoder, config.get_text_config(), method.name)
-    return Decoder(host, method, method.stages(len(host.decoder)))

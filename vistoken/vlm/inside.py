@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from torch import Tensor
+
 from vistoken.errors import ConfigError, ScheduleError
 from vistoken.methods.base import is_int, is_rate, require
 from vistoken.vlm.base import LanguageMethod
@@ -26,7 +28,11 @@ class LayerMethod(LanguageMethod):
     """
 
     reads: ClassVar[str] = "the last token's attention row in the language model"
-    row: ClassVar[Literal["before", "own"]] = "before"
+    row: ClassVar[Literal["before", "own", "text"]] = "before"
+    """Attention of the last token one layer earlier, in the layer itself, or of all text after
+    the first image one layer earlier."""
+    evicts: ClassVar[bool] = False
+    """Whether the caches of earlier layers shrink to what the last stage left."""
     guarantees: ClassVar[str] = "exactly floor(share * image tokens) per prompt and layer"
 
     def stages(self, depth: int) -> Stages:
@@ -35,6 +41,15 @@ class LayerMethod(LanguageMethod):
         Raises:
             ScheduleError: the settings name a layer that the model does not have.
         """
+        raise NotImplementedError
+
+    @property
+    def by_threshold(self) -> bool:
+        """Whether tokens of a worth of 1 or more stay, however many; else shares are kept."""
+        return False
+
+    def worth(self, total: Tensor, peak: Tensor) -> Tensor:
+        """Worth of every token `[B, L]`, from sum and maximum of the text's attention to it."""
         raise NotImplementedError
 
     @property
@@ -66,7 +81,7 @@ class FastV(LayerMethod):
         return self.budget == 1
 
     def stages(self, depth: int) -> Stages:
-        return _checked(self.name, {self.layer: self.budget}, depth)
+        return checked_stages(self.name, {self.layer: self.budget}, depth)
 
 
 @dataclass(frozen=True)
@@ -80,7 +95,7 @@ class PyramidDrop(LayerMethod):
 
     name: ClassVar[str] = "pyramiddrop"
     paper: ClassVar[str] = "Xing et al., CVPR 2025"
-    row: ClassVar[Literal["before", "own"]] = "own"
+    row: ClassVar[Literal["before", "own", "text"]] = "own"
 
     budgets: Sequence[float] = (0.5, 0.25, 0.125)
     layers: Sequence[int] | None = None
@@ -98,7 +113,7 @@ class PyramidDrop(LayerMethod):
         count = len(self.budgets)
         even = tuple(max(1, depth * (i + 1) // (count + 1)) for i in range(count))
         layers = even if self.layers is None else self.layers
-        return _checked(self.name, dict(zip(layers, self.budgets, strict=True)), depth)
+        return checked_stages(self.name, dict(zip(layers, self.budgets, strict=True)), depth)
 
 
 @dataclass(frozen=True)
@@ -156,7 +171,7 @@ class PSigmoid(LayerMethod):
         return tuple(at(high))
 
     def stages(self, depth: int) -> Stages:
-        return _checked(self.name, dict(enumerate(self.rates(depth))), depth)
+        return checked_stages(self.name, dict(enumerate(self.rates(depth))), depth)
 
 
 @dataclass(frozen=True)
@@ -199,7 +214,7 @@ class LayerRates(LayerMethod):
         rates = self.values()
         if len(rates) != depth:
             raise ScheduleError(f"layer_rates: {len(rates)} rates for a model of {depth} layers")
-        return _checked(self.name, dict(enumerate(rates)), depth)
+        return checked_stages(self.name, dict(enumerate(rates)), depth)
 
 
 def _rates(owner: object, field: str, values: Any) -> tuple[float, ...]:
@@ -211,7 +226,7 @@ def _rates(owner: object, field: str, values: Any) -> tuple[float, ...]:
     return tuple(float(value) for value in found)
 
 
-def _checked(name: str, stages: Stages, depth: int) -> Stages:
+def checked_stages(name: str, stages: Stages, depth: int) -> Stages:
     """Stages that change something, after a check against the model's depth."""
     if max(stages) >= depth:
         raise ScheduleError(f"{name} drops at layer {max(stages)}, but the model has {depth}")

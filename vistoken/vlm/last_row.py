@@ -1,4 +1,4 @@
-"""Attention of the prompt's last token at O(L) cost, from projections the host computes."""
+"""Attention of a few tokens of the prompt at O(L) cost, from projections the host computes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from vistoken.errors import UnsupportedMethodError
 from vistoken.spec import class_path
+
+ROWS = 32
+"""Rows of attention, all heads of each, that are held at once."""
 
 
 @torch.no_grad()
@@ -32,22 +35,63 @@ def last_row(
         last: that token's place in every row `[B]`.
         valid: True at real tokens `[B, L]`, or None.
     """
+    q, k = _turned(attn, query, keys, rotary, last[:, None])
+    return _rows(q, k, last[:, None], valid)[:, 0]
+
+
+@torch.no_grad()
+def text_rows(
+    attn: nn.Module,
+    query: Tensor,
+    keys: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    at: Tensor,
+    real: Tensor,
+    valid: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Sum and maximum `[B, L]` of the attention that several tokens pay, heads averaged, fp32.
+
+    Args:
+        attn: the host's attention module.
+        query: output of its query projection at those tokens `[B, T, H d]`.
+        keys: output of its key projection `[B, L, h d]`.
+        rotary: cosines and sines `[B or 1, L, d]`.
+        at: places of those tokens `[B, T]`.
+        real: True at the tokens that count `[B, T]`; rows of a batch have different numbers.
+        valid: True at real tokens `[B, L]`, or None.
+    """
+    q, k = _turned(attn, query, keys, rotary, at)
+    total = peak = q.new_zeros(len(q), k.shape[2])
+    for start in range(0, at.shape[1], ROWS):
+        part = slice(start, start + ROWS)
+        rows = _rows(q[:, :, :, part], k, at[:, part], valid)
+        rows = rows.masked_fill(~real[:, part, None], 0)
+        total, peak = total + rows.sum(1), torch.maximum(peak, rows.amax(1))
+    return total, peak
+
+
+def _turned(
+    attn: nn.Module, query: Tensor, keys: Tensor, rotary: tuple[Tensor, Tensor], at: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rotated, scaled queries `[B, h, H / h, T, d]` and rotated keys `[B, h, L, d]`, fp32."""
     rotate: Any = vars(sys.modules[type(attn).__module__])["apply_rotary_pos_emb"]
     width: int = attn.head_dim  # type: ignore[assignment]
     q = query.unflatten(-1, (-1, width)).transpose(1, 2)
     k = keys.unflatten(-1, (-1, width)).transpose(1, 2)
     cos, sin = (table.expand(k.shape[0], -1, -1) for table in rotary)
-    at = last[:, None, None].expand(-1, 1, cos.shape[-1])
-    q = rotate(q, q, cos.gather(1, at), sin.gather(1, at))[0]
+    index = at[..., None].expand(-1, -1, cos.shape[-1])
+    q = rotate(q, q, cos.gather(1, index), sin.gather(1, index))[0]
     k = rotate(k, k, cos, sin)[1]
-    q = q.float().unflatten(1, (k.shape[1], -1))[:, :, :, 0]
-    scores = torch.einsum("bgrd,bgld->bgrl", q, k.float()) * width**-0.5
-    places = torch.arange(k.shape[2], device=k.device)
-    seen = places <= last[:, None]
-    seen = seen if valid is None else seen & valid
+    return q.float().unflatten(1, (k.shape[1], -1)) * width**-0.5, k.float()
+
+
+def _rows(q: Tensor, k: Tensor, at: Tensor, valid: Tensor | None) -> Tensor:
+    """Attention `[B, T, L]` of the tokens at `[B, T]` to real tokens up to them."""
+    scores = torch.einsum("bgrtd,bgld->bgrtl", q, k)
+    seen = torch.arange(k.shape[2], device=k.device) <= at[..., None]
+    seen = seen if valid is None else seen & valid[:, None]
     scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
-    row: Tensor = scores.softmax(-1).mean((1, 2))
-    return row
+    return scores.softmax(-1).mean((1, 2))
 
 
 def last_place(valid: Tensor | None, tokens: Tensor) -> Tensor:

@@ -22,12 +22,14 @@ class Places:
         spans: the slice of `flat` that every image owns.
         rows: the row of every image.
         text: other real tokens of every row.
+        asks: how many of every row's tokens are those of `asking`.
     """
 
     flat: Tensor
     spans: tuple[slice, ...]
     rows: tuple[int, ...]
     text: tuple[int, ...]
+    asks: tuple[int, ...]
 
     def lengths(self, kept: list[int]) -> tuple[int, ...]:
         """Real tokens of every row when each image keeps so many."""
@@ -70,8 +72,22 @@ def find_places(is_image: Tensor, mask: Tensor | None, wholes: list[int]) -> Pla
     if start != flat.shape[0]:
         raise ConfigError(f"input_ids hold {flat.shape[0]} image tokens, the images make {start}")
     text = (real & ~image).sum(1).tolist()
+    asks = asking(image, real).sum(1).tolist()
     flat = flat.to(is_image.device, non_blocking=True)
-    return Places(flat, tuple(spans), tuple(rows), tuple(text))
+    return Places(flat, tuple(spans), tuple(rows), tuple(text), tuple(asks))
+
+
+def asking(image: Tensor, valid: Tensor | None) -> Tensor:
+    """True at the text behind a row's first image and at its last token `[B, L]`.
+
+    Args:
+        image: True at image tokens `[B, L]`.
+        valid: True at real tokens `[B, L]`, or None for all.
+    """
+    places = torch.arange(image.shape[1], device=image.device)
+    last = places[-1] if valid is None else (valid * places).amax(1, keepdim=True)
+    found = (image.cumsum(1) > 0) & ~image | (places == last)
+    return found if valid is None else found & valid
 
 
 def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,10 @@ class Prepared:
         images: (tokens before, tokens after) of every image, newlines included.
         features: what is left of every image `[K, C]`.
         image_mask: `[B, L]`, True at image tokens.
+        rows: the row of every image.
+        asks: tokens of every row that `vistoken.vlm.places.asking` names.
+        fixed: `[B, L]`, True at image tokens that are to stay in every layer; None without any.
+        fixes: how many these are of every image.
     """
 
     inputs_embeds: Tensor
@@ -57,6 +61,10 @@ class Prepared:
     images: tuple[tuple[int, int], ...]
     features: tuple[Tensor, ...]
     image_mask: Tensor
+    rows: tuple[int, ...] = ()
+    asks: tuple[int, ...] = ()
+    fixed: Tensor | None = None
+    fixes: tuple[int, ...] = ()
 
 
 def prepare(model: nn.Module, inputs: dict[str, Any]) -> Prepared:
@@ -161,7 +169,17 @@ def shorten_prompt(
         images=tuple((whole_count, r.index.shape[0]) for whole_count, r in images),
         features=tuple(r.features for _, r in images),
         image_mask=here,
+        rows=places.rows,
+        asks=places.asks,
+        fixed=_fixed(here, [r for _, r in images]),
+        fixes=tuple(r.fixes for _, r in images),
     )
+
+
+def _fixed(here: Tensor, images: list[Reduced]) -> Tensor | None:
+    """True at the tokens of images that are to stay `[B, L]`, where a method names any."""
+    marks = [r.fixed for r in images if r.fixed is not None]
+    return torch.zeros_like(here).masked_scatter(here, torch.cat(marks)) if marks else None
 
 
 def _cut(values: Tensor, order: Tensor, valid: Tensor | None, fill: int) -> Tensor:

@@ -45,12 +45,15 @@ class RowReader:
 
     Args:
         layers: indices of the tower's blocks.
+        watched: blocks whose output is kept as well.
     """
 
     layers: tuple[int, ...]
+    watched: tuple[int, ...] = ()
     handles: list[Any] = field(default_factory=list)
     queries: dict[int, Tensor] = field(default_factory=dict)
     rows: dict[int, Row] = field(default_factory=dict)
+    outputs: dict[int, Tensor] = field(default_factory=dict)
 
     def attach(self, host: LanguageHost) -> None:
         """Install the hooks."""
@@ -61,6 +64,8 @@ class RowReader:
                 attn.q_proj.register_forward_hook(_Query(self, layer)),  # type: ignore[union-attr, operator]
                 attn.k_proj.register_forward_hook(_Key(self, layer, attn)),  # type: ignore[union-attr, operator]
             ]
+        for layer in self.watched:
+            self.handles.append(host.blocks[layer].register_forward_hook(_Output(self, layer)))
 
     def detach(self) -> None:
         """Take the hooks off."""
@@ -84,8 +89,13 @@ class RowReader:
             raise TapError(f"the vision tower did not run layers {missing}; nothing to score by")
         return rows
 
+    def take_outputs(self) -> dict[int, Tensor]:
+        """What the watched blocks returned in the tower's last call, once `[P, N, C]`."""
+        outputs, self.outputs = self.outputs, {}
+        return outputs
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "queries": {}, "rows": {}}
+        return {**self.__dict__, "queries": {}, "rows": {}, "outputs": {}}
 
 
 @dataclass
@@ -119,6 +129,18 @@ class _Key:
             logits = torch.einsum("phd,pnhd->phn", q, k) * scale
             attention = logits.softmax(-1).mean(1)[:, 1:]
             self.reader.rows[self.layer] = Row(logits[:, :, 1:], attention, k[:, 1:].mean(2))
+
+
+@dataclass
+class _Output:
+    """Forward hook of a block: keeps its patch tokens."""
+
+    reader: RowReader
+    layer: int
+
+    def __call__(self, module: nn.Module, args: Any, out: Any) -> None:
+        hidden: Tensor = out[0] if isinstance(out, tuple) else out
+        self.reader.outputs[self.layer] = hidden[:, 1:].detach()
 
 
 def check_rows(host: LanguageHost, layers: tuple[int, ...], name: str) -> None:
