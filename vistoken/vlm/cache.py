@@ -2,16 +2,18 @@
 
 `generate` asks a cache how many of the user's ids it holds. After shrinking that is more than the
 columns that are stored, so the next turn would feed tokens twice. Masks ask for something else,
-the offset of the next query among the stored columns. A short cache answers both.
+the offset of the next query among the stored columns. A ledger on the cache answers both.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache as memoize
 from typing import Any
 
 from torch import Tensor
+
+LEDGER = "_vistoken_ledger"
+"""Attribute of a cache that holds its ledger."""
 
 
 @dataclass
@@ -37,44 +39,52 @@ class Short:
         return self.length - self.columns
 
 
-class ShortCache:
-    """Mixed into a transformers cache: lengths in the user's tokens, offsets in stored columns."""
+@dataclass
+class Ledger:
+    """Answers for one cache: lengths in the user's tokens, offsets in stored columns.
 
-    _vistoken_short: Short
+    It knows the cache's layers, not the cache, so that the cache is freed as soon as it is let go.
+
+    Attributes:
+        layers: the cache's own list.
+        short: what was cut; None once the cache was emptied.
+    """
+
+    layers: list[Any]
+    short: Short | None
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """How many of the user's tokens are cached."""
-        stored = super().get_seq_length(layer_idx)  # type: ignore[misc]
-        return stored + self._vistoken_short.dropped
+        return self.get_query_offset(layer_idx) + (self.short.dropped if self.short else 0)
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         """How many columns are stored: where the next query stands for masks."""
-        return super().get_seq_length(layer_idx)  # type: ignore[misc]
+        return self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
 
     def reset(self) -> None:
         """Empty the cache; it counts plainly again."""
-        self.__class__ = type(self).__bases__[1]
-        del self.__dict__["_vistoken_short"]
-        self.reset()
-
-
-@memoize
-def _short_class(kind: type) -> type:
-    """The short form of a cache class."""
-    return type(f"Short{kind.__name__}", (ShortCache, kind), {})
+        self.short = None
+        for layer in self.layers:
+            layer.reset()
 
 
 def shorten(cache: Any, short: Short) -> None:
     """Make a cache count the user's tokens from now on."""
-    cache._vistoken_short = short
-    if not isinstance(cache, ShortCache):
-        kind: Any = type(cache)
-        cache.__class__ = _short_class(kind)
+    ledger = getattr(cache, LEDGER, None)
+    if ledger is not None:
+        ledger.short = short
+        return
+    ledger = Ledger(cache.layers, short)
+    setattr(cache, LEDGER, ledger)
+    # What an instance holds stands before what its class defines; the class stays what it is.
+    for name in ("get_seq_length", "get_query_offset", "reset"):
+        setattr(cache, name, getattr(ledger, name))
 
 
 def short_of(cache: Any) -> Short | None:
     """What a cache remembers, or None for a plain one."""
-    return cache._vistoken_short if isinstance(cache, ShortCache) else None
+    ledger: Ledger | None = getattr(cache, LEDGER, None)
+    return None if ledger is None else ledger.short
 
 
 def stored(cache: Any) -> Any:
