@@ -95,6 +95,8 @@ def tiles(problem: Problem, kind: str) -> Iterator[AnyTile]:
             for warps in (1, 2, 4, 8):
                 if rows <= 64 * warps and 16 * warps <= rows:
                     yield Tile(own, walk, per, rows, filled, warps, 2)
+                    if per == 1:  # Corners of steps as one number instead of one for each row.
+                        yield Tile(own, walk, 0, rows, filled, warps, 2)
 
 
 def variants(tile: AnyTile) -> list[AnyTile]:
