@@ -321,3 +321,87 @@ def test_methods_that_keep_everything_are_carried_and_the_others_tell_what_they_
     vistoken.wrap(model, "random_tokens:budget=0.5")
     fast.generate(**inputs)
     assert vistoken.info(model).images == ((16, 8),)
+
+
+@pytest.mark.parametrize("change", ["head", "hook", "forward", "weights", "layer", "dtype"])
+def test_changes_after_the_first_call_are_noticed(change):
+    model = make_llava()
+    inputs = batch_of(model, [4])
+    fast = vistoken.accelerate(model, max_new_tokens=NEW)
+    before = fast.generate(**inputs)
+    made = dict(fast._decoders)
+    fast.generate(**inputs)
+    assert fast._decoders == made, "an unchanged model is not recorded again"
+    head, layer = model.lm_head, model.model.language_model.layers[1]
+    if change == "head":
+        model.lm_head = torch.nn.Linear(head.in_features, head.out_features, bias=False)
+        torch.nn.init.normal_(model.lm_head.weight)
+    elif change == "hook":
+        handle = layer.mlp.register_forward_hook(lambda _, __, out: out * -1)
+    elif change == "forward":
+        plain_forward = layer.mlp.forward
+        layer.mlp.forward = lambda x: plain_forward(x) * -1
+    elif change == "weights":
+        layer.mlp.up_proj.weight = torch.nn.Parameter(torch.randn_like(layer.mlp.up_proj.weight))
+    elif change == "layer":
+        layer.mlp.down_proj = torch.nn.Sequential(layer.mlp.down_proj, torch.nn.Tanh())
+    else:
+        model.double()
+        inputs["pixel_values"] = inputs["pixel_values"].double()
+    got = fast.generate(**inputs)
+    assert torch.equal(got, plain(model, inputs, NEW))
+    assert change == "dtype" or not torch.equal(got, before)
+    if change == "hook":
+        assert "has hooks" in fast.execution
+        handle.remove()
+        assert torch.equal(fast.generate(**inputs), before)
+        assert fast.execution == "fused chain"
+    model.train()
+    with pytest.raises(BackendUnavailableError, match="eval"):
+        fast.generate(**inputs)
+
+
+def test_weights_that_change_in_place_are_followed(llava):
+    inputs = batch_of(llava, [4])
+    fast = vistoken.accelerate(llava, max_new_tokens=NEW)
+    before, made = fast.generate(**inputs), dict(fast._decoders)
+    weight = llava.lm_head.weight
+    old = weight.detach().clone()
+    with torch.no_grad():
+        weight.copy_(old.flip(0))
+    assert torch.equal(fast.generate(**inputs), plain(llava, inputs, NEW))
+    assert fast._decoders == made
+    with torch.no_grad():
+        weight.copy_(old)
+    assert torch.equal(fast.generate(**inputs), before)
+
+
+def test_graphs_of_few_ways_of_sampling_are_kept(llava):
+    fast = vistoken.accelerate(llava, max_new_tokens=2)
+    inputs = batch_of(llava, [4])
+    fast.generate(**inputs)
+    (decoder,) = fast._decoders.values()
+    greedy = next(iter(decoder._steps))
+    for number in range(3 * decode.SAMPLINGS):
+        fast.generate(**inputs, do_sample=True, temperature=1 + number / 10)
+        fast.generate(**inputs)  # used all the time: never among those that go
+        (prompt,) = decoder._prompts.values()
+        for kept in (decoder._steps, prompt.replay):
+            assert greedy in kept
+            assert len(kept) <= decode.SAMPLINGS
+    made = decoder._steps[greedy]
+    fast.generate(**inputs)
+    assert decoder._steps[greedy] is made
+
+
+def test_recent_drops_what_was_used_least_recently():
+    kept, made = {}, []
+
+    def make(key):
+        made.append(key)
+        return key * 10
+
+    for key in (1, 2, 3, 1, 4, 2):
+        assert decode.recent(kept, key, lambda key=key: make(key), 3) == key * 10
+    assert made == [1, 2, 3, 4, 2]
+    assert list(kept) == [1, 4, 2]

@@ -14,6 +14,7 @@ from vistoken.methods import parse
 from vistoken.vlm.decode import Decoder, Sampling, round_up
 from vistoken.vlm.decode_layers import Parts, Plan, find_parts
 from vistoken.vlm.decode_plan import choose_plan
+from vistoken.vlm.decode_watch import Snapshot
 from vistoken.vlm.inside import LayerMethod
 from vistoken.vlm.prompt import prepare
 
@@ -43,8 +44,8 @@ DEFAULTS = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
 class Accelerated:
     """A model with a fast `generate`; made by `accelerate`.
 
-    Weights, modules and hooks of the language model are taken as they are at the first call; after
-    a change to them make a new one.
+    Weights that change in place are followed. After any other change to modules, parameters or
+    hooks of the language model or its head, the next call records anew.
 
     Args:
         model: a vision-language model of transformers, in eval mode.
@@ -70,12 +71,12 @@ class Accelerated:
             raise BackendUnavailableError(
                 f"graphs=True: CUDA graphs need a CUDA device, the model is on {device}"
             )
-        if model.training:
-            raise BackendUnavailableError("accelerate is for inference; call model.eval() first")
+        check_eval(model)
         self._graphs = device.type == "cuda" if graphs is None else graphs
         self._fuse = fuse
         self._plans: dict[int, tuple[Plan | None, str]] = {}
         self._decoders: dict[tuple[int, int], Decoder] = {}
+        self._snapshot = Snapshot(self._parts)
         self.execution = "nothing has run yet"
 
     @torch.no_grad()
@@ -98,7 +99,10 @@ class Accelerated:
             ConfigError: a generation setting that this path does not carry, or an unknown name.
             UnsupportedMethodError: the model is wrapped with a method that drops tokens inside the
                 language model.
+            UnsupportedBackboneError: the model was changed to one that cannot be carried.
+            BackendUnavailableError: the model is in training mode.
         """
+        check_eval(self.model)
         check_method(getattr(self.model.__dict__.get(KEY), "method", None))
         count = self._count(max_new_tokens)
         sampling = read_sampling(self.model.generation_config, inputs)
@@ -106,6 +110,7 @@ class Accelerated:
         ids = inputs.get("input_ids")
         if not isinstance(ids, Tensor):
             raise ConfigError("input_ids: must be given as a tensor [B, L]")
+        self._refresh()
         with torch.cuda.device_of(self._parts.head.weight):
             try:
                 new = self._run(inputs, count, sampling)
@@ -113,6 +118,18 @@ class Accelerated:
                 self.clear()
                 raise
         return torch.cat([ids, new], 1)
+
+    def _refresh(self) -> None:
+        """Forget what was recorded of modules, weights or hooks that are there no more."""
+        head = self.model.get_output_embeddings()
+        decoder = self.model.base_model.language_model
+        here = head is self._parts.head and decoder is self._parts.decoder
+        if here and self._snapshot.fits(self._parts):
+            return
+        self.clear()
+        self._plans.clear()
+        self._parts = find_parts(self.model)
+        self._snapshot = Snapshot(self._parts)
 
     def _run(self, inputs: dict[str, Any], count: int, sampling: Sampling) -> Tensor:
         """The new tokens."""
@@ -204,6 +221,12 @@ def check_method(method: Any) -> None:
             f"{method.name} drops tokens inside the language model, whose layers then differ in "
             "length; accelerate carries methods that cut before it; use model.generate"
         )
+
+
+def check_eval(model: Any) -> None:
+    """Raise `BackendUnavailableError` for models in training mode."""
+    if model.training:
+        raise BackendUnavailableError("accelerate is for inference; call model.eval() first")
 
 
 def check_names(model: Any, inputs: dict[str, Any]) -> None:

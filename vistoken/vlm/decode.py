@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from vistoken.vlm.decode_layers import Parts, Plan, chain_logits, host_logits, make_state
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 STEPS = 8
 """Decoding steps per replay; the host looks for the end once per replay, one replay behind."""
@@ -24,6 +27,9 @@ BUCKET = 64
 
 PROMPTS = 8
 """Prompt lengths whose graphs are kept per batch size."""
+
+SAMPLINGS = 4
+"""Ways of sampling whose graphs are kept, per prompt length and for the steps."""
 
 
 @dataclass(frozen=True)
@@ -125,25 +131,28 @@ class Decoder:
         self.state = make_state(parts, batch, self.length + new_tokens, new_tokens, planes)
         self.plan = plan
         self._prompts: dict[int, Prompt] = {}
-        self._steps: dict[tuple[Sampling, int], Replay] = {}
+        self._steps: dict[Sampling, dict[int, Replay]] = {}
 
     def prepare(self, length: int, sampling: Sampling) -> None:
         """Record what this length needs and is not there yet; draws no random number."""
         cuda = self.pool is not None
         prompt = self._prompt(round_up(length))
         before = torch.cuda.get_rng_state() if cuda else None
-        if sampling not in prompt.replay:
+
+        def prefill() -> None:
+            self._prefill(prompt, sampling)
+
+        def record() -> Replay:
             prompt.embeds.zero_()
             prompt.positions.zero_()
             self.state.lengths.fill_(1)
+            return Replay(prefill, prefill, self.pool)
 
-            def prefill() -> None:
-                self._prefill(prompt, sampling)
+        def record_steps() -> dict[int, Replay]:
+            return {count: self._record(sampling, count) for count in (STEPS, 1)}
 
-            prompt.replay[sampling] = Replay(prefill, prefill, self.pool)
-        for count in (STEPS, 1):
-            if (sampling, count) not in self._steps:
-                self._record(sampling, count)
+        recent(prompt.replay, sampling, record, SAMPLINGS)
+        recent(self._steps, sampling, record_steps, SAMPLINGS)
         if before is not None:
             torch.cuda.set_rng_state(before)
 
@@ -173,29 +182,27 @@ class Decoder:
 
     def _decode(self, count: int, sampling: Sampling) -> None:
         """Up to `count` more tokens; ends early once all rows have ended."""
-        ended = Ended(self.state.finished)
+        ended, replays = Ended(self.state.finished), self._steps[sampling]
         while count > 0:
             steps = STEPS if count >= STEPS else 1
-            self._steps[sampling, steps]()
+            replays[steps]()
             count -= steps
             if sampling.eos and steps == STEPS and ended.look():
                 return
 
     def _prompt(self, length: int) -> Prompt:
-        """Buffers for prompts of one rounded length; the oldest go when there are too many."""
-        if length not in self._prompts:
-            while len(self._prompts) >= PROMPTS:
-                del self._prompts[next(iter(self._prompts))]
-            weight = self.parts.head.weight
-            shape = (self.planes, self.batch, length) if self.planes else (self.batch, length)
-            self._prompts[length] = Prompt(
-                weight.new_zeros(self.batch, length, weight.shape[1]),
-                torch.zeros(shape, dtype=torch.int64, device=weight.device),
-                {},
-            )
-        return self._prompts[length]
+        """Buffers for prompts of one rounded length."""
+        weight = self.parts.head.weight
+        shape = (self.planes, self.batch, length) if self.planes else (self.batch, length)
 
-    def _record(self, sampling: Sampling, count: int) -> None:
+        def make() -> Prompt:
+            embeds = weight.new_zeros(self.batch, length, weight.shape[1])
+            positions = torch.zeros(shape, dtype=torch.int64, device=weight.device)
+            return Prompt(embeds, positions, {})
+
+        return recent(self._prompts, length, make, PROMPTS)
+
+    def _record(self, sampling: Sampling, count: int) -> Replay:
         """The replay of `count` steps."""
 
         def steps() -> None:
@@ -207,7 +214,7 @@ class Decoder:
             self.state.lengths.zero_()
             self._step(sampling)
 
-        self._steps[sampling, count] = Replay(steps, warm, self.pool)
+        return Replay(steps, warm, self.pool)
 
     def _prefill(self, prompt: Prompt, sampling: Sampling) -> None:
         """The prompt through the model, and the first new token."""
@@ -268,6 +275,15 @@ class Ended:
         before, event = self._seen.popleft()
         event.synchronize()
         return bool(before.all())
+
+
+def recent(kept: dict[K, V], key: K, make: Callable[[], V], most: int) -> V:
+    """`kept[key]`, made if it is not there; beyond `most`, what was used least recently goes."""
+    found = kept.pop(key) if key in kept else None
+    while found is None and len(kept) >= most:
+        del kept[next(iter(kept))]
+    kept[key] = make() if found is None else found
+    return kept[key]
 
 
 def round_up(length: int) -> int:

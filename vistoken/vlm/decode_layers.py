@@ -283,8 +283,10 @@ def why_not_chain(parts: Parts) -> str | None:
         if len(set(biased[:3])) > 1 or len(set(biased[4:6])) > 1:
             return "only some of the joint projections have a bias"
         for module in layer.modules():
-            if _hooked(module):
+            if user_hooks(module):
                 return f"'{type(module).__name__}' of a layer has hooks"
+            if "forward" in vars(module):
+                return f"'{type(module).__name__}' of a layer has a forward of its own"
         if type(layer.mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
             return f"its activation is {type(layer.mlp.act_fn).__name__}"
     if type(parts.head) is not nn.Linear:
@@ -292,10 +294,11 @@ def why_not_chain(parts: Parts) -> str | None:
     return None
 
 
-def _hooked(module: nn.Module) -> bool:
-    """Whether hooks may change what a module does; those of transformers only take notes."""
+def user_hooks(module: nn.Module) -> tuple[Any, ...]:
+    """Hooks that may change what a module does; those of transformers only take notes."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(not str(getattr(h, "__module__", "")).startswith("transformers.") for h in hooks)
+    ours = (h for h in hooks if not str(getattr(h, "__module__", "")).startswith("transformers."))
+    return tuple(ours)
 
 
 def _linear(
