@@ -270,14 +270,18 @@ def own_error(q, k, v, call) -> float:
 def save(folder: str | None, name: str, rows: list[dict]) -> None:
     if folder is None:
         return
+    path, command = Path(folder) / name, " ".join(["python", *sys.argv])
+    old = json.loads(path.read_text()) if "--add" in sys.argv and path.exists() else {}
+    cases = {row["case"] for row in rows}
+    if old and not old["command"].endswith(command):
+        command = f"{old['command']} && {command}"
     record = {
         "device": torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "triton": triton.__version__},
-        "command": " ".join(["python", *sys.argv]),
+        "command": command,
         "date": datetime.date.today().isoformat(),
-        "rows": rows,
+        "rows": [row for row in old.get("rows", []) if row["case"] not in cases] + rows,
     }
-    path = Path(folder) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     say("wrote", name)
@@ -297,7 +301,8 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, default=24, help="tiles to try per pass")
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--skip", default="", help="implementations to leave out, e.g. flex")
-    parser.add_argument("--out")
+    parser.add_argument("--out", help="folder of the results file")
+    parser.add_argument("--add", action="store_true", help="keep what the file has of other cases")
     args = parser.parse_args()
     clock = Clock(args.seconds)
     torch.manual_seed(0)
