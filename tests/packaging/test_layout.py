@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import tomllib
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -115,6 +114,20 @@ def test_import_needs_torch_only():
     assert not loaded & optional
 
 
+def test_import_takes_little_beside_torchs_own():
+    code = (
+        "import time, torch; start = time.perf_counter(); import vistoken; "
+        "print(time.perf_counter() - start)"
+    )
+    times = []
+    for _ in range(5):  # other processes may slow any one of them
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        times.append(float(out.stdout))
+        if times[-1] < 0.3:
+            break
+    assert min(times) < 0.3
+
+
 def test_public_names_exist_and_are_listed_in_order():
     missing = [name for name in vistoken.__all__ if not hasattr(vistoken, name)]
     assert not missing
@@ -122,36 +135,6 @@ def test_public_names_exist_and_are_listed_in_order():
 
 
 PROJECT_VERSION = (ROOT / "vistoken" / "_version.py").read_text().split('"')[-2]
-
-
-@pytest.mark.slow
-def test_wheel_carries_every_module_and_asset(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        str(ROOT),
-        "--no-deps",
-        "-q",
-        "-w",
-        str(tmp_path),
-    ]
-    subprocess.run([*command, "--no-build-isolation"], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    for path in sources():
-        parts = path.relative_to(ROOT).parts
-        inside = "/".join(parts if parts[0] == "vistoken" else ("vistoken", *parts))
-        assert inside in names
-    tracked = subprocess.run(
-        ["git", "ls-files", "configs", "vistoken/assets"], cwd=ROOT, capture_output=True, text=True
-    )
-    for line in tracked.stdout.split():
-        assert (line if line.startswith("vistoken") else f"vistoken/{line}") in names
-    assert "vistoken/py.typed" in names
-    assert not [n for n in names if n.split("/")[0] in MAPPED]
-    assert wheel.stat().st_size < 45 * 2**20
 
 
 def test_no_path_of_one_machine_is_tracked():
