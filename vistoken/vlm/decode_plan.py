@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from vistoken.kernels.decode_linear import Tile, tiles
+from vistoken.kernels.decode_linear import Product, Tile, tiles
 from vistoken.kernels.dispatch import why_not_triton
 from vistoken.vlm.decode_layers import (
     Parts,
@@ -25,6 +25,8 @@ from vistoken.vlm.decode_layers import (
 )
 
 LOG = logging.getLogger(__name__)
+
+PRODUCTS: tuple[Product, ...] = ("qkv", "back", "gate", "head")
 
 SECONDS = 2.0
 """Time for trying tiles; compiling them takes most of it, and is remembered between processes."""
@@ -77,12 +79,13 @@ def worst_error(parts: Parts, plan: Plan, batch: int) -> float:
 def first_plans(parts: Parts, batch: int) -> list[Plan]:
     """Plans to begin with, the most promising first."""
     weight = parts.head.weight
-    if why_not_triton(weight.device, weight.dtype) is not None or not tiles(batch, False):
+    if why_not_triton(weight.device, weight.dtype) is not None or not tiles(batch, "qkv"):
         return [Plan()]
-    plain, gate = tiles(batch, False)[0], tiles(batch, True)[0]
-    plan = Plan(plain, plain, gate, plain)
+    plan = Plan(*(tiles(batch, name)[0] for name in PRODUCTS))
     capable = torch.version.hip is None and torch.cuda.get_device_capability(weight.device)[0] >= 9
-    return [replace(plan, early=True), plan, Plan()] if capable else [plan, Plan()]
+    # With more rows, programs that wait for those before them keep these from shared memory.
+    early = [replace(plan, early=True)] if capable and batch == 1 else []
+    return [*early, plan, Plan()]
 
 
 def tune(parts: Parts, batch: int, plan: Plan, seconds: float) -> Plan:
@@ -90,8 +93,8 @@ def tune(parts: Parts, batch: int, plan: Plan, seconds: float) -> Plan:
     end = time.monotonic() + seconds
     clock = Stopwatch(parts, batch)
     best = clock(plan)
-    for name in ("gate", "back", "qkv", "head"):
-        choices: list[Tile | None] = [*tiles(batch, name == "gate")[1:], None]
+    for name in PRODUCTS:
+        choices: list[Tile | None] = [*tiles(batch, name)[1:], None]
         for tile in choices:
             if time.monotonic() > end:
                 return plan

@@ -9,15 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vistoken.kernels.farthest import farthest_first
 from vistoken.methods.base import is_int, is_rate, require
 from vistoken.models.llava import LanguageHost
 from vistoken.vlm.base import Image, ImageMethod, Reduced
 from vistoken.vlm.choose import allocate, index_of, split, top_by_segment
 from vistoken.vlm.layout import Layout
 from vistoken.vlm.rows import check_rows
-
-CHUNK = 256
-"""Rows of similarities held at once while the first token is sought."""
 
 
 @dataclass(frozen=True)
@@ -39,25 +37,10 @@ class MaxMin(ImageMethod):
     def select(self, image: Image) -> Tensor:
         layout = image.layout
         real = index_of(~layout.newline, layout.candidates)
-        x = F.normalize(image.features[real].float(), dim=-1)
-        chosen = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        pick = _loneliest(x)
-        nearest = torch.full((len(x),), float("-inf"), device=x.device)
-        for _ in range(self.count(layout)):
-            chosen = chosen.index_fill(0, pick, True)
-            nearest = torch.maximum(nearest, x @ x[pick][0])
-            pick = nearest.masked_fill(chosen, float("inf")).argmin(0, keepdim=True)
-        return torch.zeros_like(layout.newline).index_put((real,), chosen)
-
-
-def _loneliest(x: Tensor) -> Tensor:
-    """Index `[1]` of the unit vector `[n, C]` whose nearest other one is farthest."""
-    closest = []
-    for start in range(0, len(x), CHUNK):
-        near = x[start : start + CHUNK] @ x.T
-        near.diagonal(start).fill_(float("-inf"))
-        closest.append(near.amax(1))
-    return torch.cat(closest).argmin(0, keepdim=True)
+        if len(real) < 2:
+            return ~layout.newline
+        picks = farthest_first(image.features[real], self.count(layout))
+        return torch.zeros_like(layout.newline).index_fill(0, real[picks], True)
 
 
 @dataclass(frozen=True)
