@@ -1,0 +1,86 @@
+"""Figures in README and docs are those of the files they name."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results"
+NAMES = {
+    "DeiT-S/224": "deit_small_patch16_224",
+    "ViT-B/224": "vit_base_patch16_224",
+    "ViT-L/224": "vit_large_patch16_224",
+    "ViT-B/384": "vit_base_patch16_384",
+    "EVA-02 B/16": "eva02_base_patch16_clip_224",
+    "transformers DINOv2-B": "transformers/dinov2_base",
+    "transformers CLIP-L/14": "transformers/clip_vit_large_patch14",
+    "LLaVA-NeXT-7B": "llava-next-7b-random",
+}
+
+
+def rows(name: str) -> list[dict]:
+    return json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+
+
+def table_after(page: str, heading: str) -> list[list[str]]:
+    """Cells of the first table behind a heading, without its head."""
+    text = (ROOT / page).read_text().partition(heading)[2]
+    lines = re.search(r"(?:^\|.*\n)+", text, re.M)[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_speed_table_of_the_readme() -> None:
+    measured = {
+        (row["case"], row["batch"], row["method"]): row["per_second"]
+        for row in [*rows("vit-h100"), *rows("vlm-h100")]
+        if row["mode"] == "graph"
+    }
+    table = table_after("README.md", "## Measured speed")
+    assert len(table) >= 10
+    case, batch = "", 0
+    for model, method, dense, wrapped, faster in table:
+        if model:
+            name, _, number = model.rpartition(", ")
+            case, batch = NAMES[name], int(number)
+        before = measured[case, batch, "dense"]
+        after = measured[case, batch, method.strip("`")]
+        assert [f"{before:,.0f}", f"{after:,.0f}"] == [dense, wrapped], (model, method)
+        assert float(faster.rstrip("x")) == pytest.approx(after / before, abs=0.0051)
+
+
+def test_accuracy_table_of_the_readme() -> None:
+    record = rows("eval-reference-cpu")
+    cells = table_after("README.md", "## Accuracy on the embedded task")
+    for first, *_, high, middle, low in cells:
+        name = re.search(r"`(\w+)`", first)[1]
+        found = [row for row in record if row["method"].partition(":")[0] == name]
+        assert len(found) == 3
+        shown = [tuple(map(float, re.findall(r"[\d.]+", cell))) for cell in (high, middle, low)]
+        found.sort(key=lambda row: -row["gflops"])
+        for row, (top1, agreement) in zip(found, shown, strict=True):
+            assert top1 == pytest.approx(100 * row["top1"], abs=0.051)
+            assert agreement == pytest.approx(100 * row["agreement"], abs=0.051)
+
+
+def test_neighborhood_table() -> None:
+    measured = {
+        (row["case"], row["method"], row["direction"]): row["ms"]
+        for row in rows("na-h100")
+        if row["mode"] == "graph"
+    }
+    for shape, forward, both, full, flex in table_after("docs/neighborhood.md", "## Measured"):
+        batch, grid, heads, width, window = shape.split(", ")
+        side = grid.replace(" x ", "x")
+        case = f"na2d B{batch} {side} H{heads} D{width} k{window}x{window}"
+        shown = {"vistoken": (forward, both), "sdpa full": full.split(" / ")}
+        if (case, "flex", "fwd") in measured:
+            shown["flex"] = flex.split(" / ")
+        for method, pair in shown.items():
+            for text, direction in zip(pair, ("fwd", "fwd+bwd"), strict=True):
+                close = 0.51 * 10 ** -len(text.partition(".")[2])
+                found = measured[case, method, direction]
+                assert float(text) == pytest.approx(found, abs=close), (case, method)
