@@ -15,7 +15,11 @@ from lightning.pytorch.cli import LightningCLI
 from vistoken.train.classifier import Classifier as Classifier
 from vistoken.train.images import ImagesData as ImagesData
 from vistoken.train.learn import RateLearning as RateLearning
+from vistoken.train.memory import MemoryImages as MemoryImages
 from vistoken.train.scenes_data import ScenesData as ScenesData
+from vistoken.train.vqa import VqaTraining as VqaTraining
+from vistoken.train.vqa_data import EasyVqaData as EasyVqaData
+from vistoken.train.vqa_data import FashionVqaData as FashionVqaData
 
 
 class TrainCLI(LightningCLI):  # type: ignore[misc]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from vistoken.api import wrap
 from vistoken.train.backbone import make_backbone
 from vistoken.train.schedules import cosine_factor, time_progress
+from vistoken.train.start import load_start
 
 Batch = tuple[Tensor, Tensor]
 
@@ -38,9 +41,10 @@ class Classifier(LightningModule):  # type: ignore[misc]
             average off.
         compile: Whether to compile the model with `torch.compile` before training.
         pretrained: Start from timm's weights instead of random ones.
-        checkpoint: Start from local weights.
+        checkpoint: Start from local weights; a classifier for other classes is left out.
         method: Method to train under, such as `diffrate:schedule=schedule.json`; None is none.
         layer_decay: Factor on the learning rate a layer, from the head down; 1 is off.
+        weights: File (safetensors) that gets the weights that validation uses, once the fit ends.
     """
 
     def __init__(
@@ -60,13 +64,17 @@ class Classifier(LightningModule):  # type: ignore[misc]
         checkpoint: str | None = None,
         method: str | None = None,
         layer_decay: float = 1.0,
+        weights: str | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         options = {"drop_path_rate": drop_path, **(model_args or {})}
         if model_name == "reference":
             options = dict(model_args or {})  # Any is refused; stochastic depth is not for it.
-        self.net = make_backbone(model_name, pretrained, checkpoint, num_classes, **options)
+        local = checkpoint if model_name == "reference" else None  # Refused there.
+        self.net = make_backbone(model_name, pretrained, local, num_classes, **options)
+        if checkpoint is not None:
+            load_start(self.net, checkpoint)
         self.net.train()
         if method is not None:
             wrap(self.net, method)
@@ -97,7 +105,8 @@ class Classifier(LightningModule):  # type: ignore[misc]
         logits = self.net(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         self.log("train/loss", loss)
-        self.log("train/top1", (logits.detach().argmax(1) == labels).float().mean())
+        classes = labels if labels.dim() == 1 else labels.argmax(1)  # Mixed pictures: the larger.
+        self.log("train/top1", (logits.detach().argmax(1) == classes).float().mean())
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -115,6 +124,15 @@ class Classifier(LightningModule):  # type: ignore[misc]
 
     test_step = validation_step
 
+    def on_fit_end(self) -> None:
+        """Write the weights, for timm and for `--model.checkpoint` of other runs."""
+        path = self.hparams["weights"]
+        if path is None or not self.trainer.is_global_zero:
+            return
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        state = self.evaluation_net().state_dict()
+        save_file({name: x.detach().cpu().contiguous() for name, x in state.items()}, path)
+
     def configure_optimizers(self) -> Any:
         """Return the optimiser and its cosine schedule, which follows steps or `max_time`."""
         options: dict[str, Any] = {"lr": self.hparams["lr"]}
@@ -127,6 +145,8 @@ class Classifier(LightningModule):  # type: ignore[misc]
             layer_decay=None if self.hparams["layer_decay"] == 1 else self.hparams["layer_decay"],
             **options,
         )
+        for group in optimizer.param_groups:  # timm leaves the layers' factors to its schedulers.
+            group["lr"] *= group.get("lr_scale", 1.0)
         total = self.trainer.estimated_stepping_batches
 
         @lru_cache(maxsize=1)  # Every group asks at each step, and processes agree on the answer.

@@ -1,0 +1,168 @@
+"""A sweep as a table and as pictures: accuracy against images per second and against GFLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+STYLES: dict[str, tuple[str, str]] = {
+    "tome": ("#0072B2", "o"),
+    "diffrate, closed form": ("#E8A33D", "s"),
+    "diffrate, learned by GFLOPs": ("#D55E00", "<"),
+    "diffrate, learned by ms": ("#B2182B", "*"),
+    "diffrate, published counts": ("#8C510A", "d"),
+    "zero_tprune": ("#009E73", "^"),
+    "evit": ("#CC79A7", "D"),
+    "tofu": ("#56B4E9", "v"),
+    "mctf": ("#7A5195", "P"),
+    "random": ("#666666", "X"),
+    "pool": ("#000000", "h"),
+    "na": ("#4DAC26", "p"),
+    "bra": ("#80CDC1", "H"),
+}
+"""Colour and marker of each method; sparse attention keeps its own, tuned rows are hollow."""
+
+
+def front(points: Sequence[tuple[float, float]], falling: bool = False) -> list[int]:
+    """Indices of the points that no other one beats in accuracy at the same or a better cost.
+
+    Args:
+        points: (cost or speed, accuracy).
+        falling: less is better on the first axis, as for GFLOPs.
+    """
+    sign = -1.0 if falling else 1.0
+    order = sorted(range(len(points)), key=lambda i: (-sign * points[i][0], -points[i][1]))
+    best, found = -float("inf"), []
+    for index in order:
+        if points[index][1] > best:
+            best = points[index][1]
+            found.append(index)
+    return sorted(found, key=lambda i: points[i][0])
+
+
+def measured(rows: Sequence[Row], case: str) -> list[Row]:
+    """The rows of a data set that were measured, fastest last."""
+    return sorted(
+        (r for r in rows if r["case"] == case and "top1" in r), key=lambda r: float(r["per_second"])
+    )
+
+
+def best(rows: Sequence[Row], axis: str) -> list[Row]:
+    """The rows without further training that no other one of them beats."""
+    own = [row for row in rows if not row["tuned"]]
+    return [own[i] for i in front([(r[axis], r["top1"]) for r in own], axis == "gflops")]
+
+
+def to_markdown(record: dict[str, Any]) -> str:
+    """All rows as Markdown tables, one per data set; stars mark the two fronts."""
+    lines = ["# Accuracy against measured time", ""]
+    for case in dict.fromkeys(row["case"] for row in record["rows"]):
+        rows = measured(record["rows"], case)
+        if not rows:
+            continue
+        fast, lean = ({id(r) for r in best(rows, axis)} for axis in ("per_second", "gflops"))
+        lines += [f"## {case}, n = {rows[0]['n']}, dense {100 * rows[0]['dense_top1']:.2f}", "",
+                  "| method | budget | top-1 % (95 %) | minus dense | agree % | GFLOPs | images/s "
+                  "| speed-up | peak MiB | settings |",
+                  "|---|--:|--:|--:|--:|--:|--:|--:|--:|---|"]  # fmt: skip
+        lines += [_line(row, id(row) in fast, id(row) in lean) for row in rows]
+        left = [r for r in record["rows"] if r["case"] == case and "left_out" in r]
+        lines += ["", *(f"- {r['label']} at {r['budget']}: {r['left_out']}" for r in left), ""]
+    made = ", ".join(f"{name} {text}" for name, text in record["versions"].items())
+    lines += [f"`*` on the front of images/s, `+` on that of GFLOPs. {record['device']}. {made}. "
+              f"{record['date']}.", "", f"Command: `{record['command']}`", ""]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _line(row: Row, fast: bool, lean: bool) -> str:
+    """A row of the table."""
+    gap = f"{100 * row['minus_dense']:+.2f} ± {100 * row['minus_dense_half95']:.2f}"
+    top = f"{100 * row['top1']:.2f} ({100 * row['top1_low95']:.1f}-{100 * row['top1_high95']:.1f})"
+    peak = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+    settings = "kept " + str(row["schedule"]["merged"]) if "schedule" in row else row["method"]
+    return (f"| {row['label']} | {row['budget'] or ''} | {top} | {gap} "
+            f"| {100 * row['agreement']:.2f} | {row['gflops']:.3f}{'+' if lean else ''} "
+            f"| {row['per_second']:.0f}{'*' if fast else ''} | {row['speedup']:.2f} | {peak} "
+            f"| `{settings.replace('|', '/')}` |")  # fmt: skip
+
+
+def draw(rows: Sequence[Row], axis: str, title: str, path: Path) -> Path:
+    """Accuracy against `per_second` or `gflops`: a line per method, the front as a grey band.
+
+    Args:
+        rows: measured rows of one data set.
+        axis: the field on the first axis.
+        title: above the picture.
+        path: PNG to write.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    points = [(float(r[axis]), 100 * r["top1"]) for r in rows]
+    edge = [(float(r[axis]), 100 * r["top1"]) for r in best(rows, axis)]
+    where = "post" if axis == "gflops" else "pre"
+    axes.step(*zip(*edge, strict=True), where=where, color="#dddddd", linewidth=7, zorder=0,
+              label="Pareto front", solid_capstyle="round")  # fmt: skip
+    for label in dict.fromkeys(row["label"] for row in rows):
+        own = [r for r in rows if r["label"] == label]
+        _series(axes, label, sorted((float(r[axis]), 100 * r["top1"]) for r in own))
+    dense = next(r for r in rows if r["label"] == "dense")
+    low, high = 100 * dense["top1_low95"], 100 * dense["top1_high95"]
+    axes.axhspan(low, high, color="#f4f4f4", zorder=-1)
+    axes.set_ylim(*_limits([p[1] for p in points], low, high))
+    axes.set_xlabel({"per_second": "images per second (CUDA graph, one GPU)",
+                     "gflops": "GFLOPs per image (multiply-accumulates)"}[axis])  # fmt: skip
+    axes.set_ylabel("top-1 accuracy (%)")
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _limits(values: Sequence[float], low: float, high: float) -> tuple[float, float]:
+    """The accuracies that matter: what lost more than 25 points leaves the picture."""
+    floor = max(min(values), low - 25)
+    room = 0.04 * (max(*values, high) - floor) + 0.1
+    return floor - room, max(*values, high) + room
+
+
+def _series(axes: Any, label: str, points: list[tuple[float, float]]) -> None:
+    """One method; the dense model and the fused chain are single marks."""
+    x, y = zip(*points, strict=True)
+    if label in ("dense", "chain only"):
+        marker, fill = ("*", "black") if label == "dense" else ("o", "white")
+        axes.plot(x, y, marker, color="black", markersize=14, zorder=6, markerfacecolor=fill,
+                  label=label)  # fmt: skip
+        return
+    name, _, tuned = label.partition(" + ")
+    colour, marker = STYLES.get(name, ("#444444", "."))
+    dashes = "--" if name in ("random", "pool") else "-"
+    sparse = name in ("na", "bra", "dense")
+    style: Callable[..., Any] = axes.plot
+    style(x, y, "" if sparse else dashes, linestyle="none" if sparse else dashes, marker=marker,
+          color=colour, markerfacecolor="white" if tuned else colour, label=label, markersize=7,
+          linewidth=1.6)  # fmt: skip
+
+
+def write_report(record: dict[str, Any], path: Path) -> list[Path]:
+    """Table and pictures beside the results file."""
+    table = path.with_suffix(".md")
+    table.write_text(to_markdown(record))
+    written = [table]
+    for case in dict.fromkeys(row["case"] for row in record["rows"]):
+        rows = measured(record["rows"], case)
+        if not any(row["label"] == "dense" for row in rows):
+            continue
+        for axis, short in (("per_second", "speed"), ("gflops", "gflops")):
+            picture = path.with_name(f"{path.stem}-{case}-{short}.png")
+            title = f"{rows[0]['model']} on {case}, n = {rows[0]['n']}, {record['device']}"
+            written.append(draw(rows, axis, title, picture))
+    return written
