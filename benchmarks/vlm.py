@@ -22,7 +22,7 @@ from vistoken.eval.record import make_record, write_json
 from vistoken.kernels.decode_linear import tiles
 from vistoken.vlm.accelerate import accelerate
 from vistoken.vlm.decode_layers import Plan, find_parts
-from vistoken.vlm.decode_plan import Stopwatch
+from vistoken.vlm.decode_plan import PRODUCTS, Stopwatch
 from vistoken.vlm.timing import Case, measure_row
 
 NEXT, OLD = "hired:budget=0.2", "hired:budget=0.25"
@@ -68,13 +68,12 @@ def explore(model, batch):
     """Times of many more tiles than the tuner tries, one product at a time; they are logged."""
     end = time.monotonic() + TILE_SECONDS
     parts = find_parts(model)
-    plain, gate = tiles(batch, False)[0], tiles(batch, True)[0]
-    start = Plan(plain, plain, gate, plain, early=True)
+    start = Plan(*(tiles(batch, name)[0] for name in PRODUCTS), early=batch == 1)
     clock = Stopwatch(parts, batch)
     clock(start)
-    clock(replace(start, early=False))
+    clock(replace(start, early=batch != 1))
     for tile in VECTORS if batch == 1 else MATRICES:
-        for name in ("back", "gate", "qkv"):
+        for name in PRODUCTS:
             if time.monotonic() < end:
                 clock(replace(start, **{name: tile}))
 

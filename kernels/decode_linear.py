@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,19 +40,34 @@ class Tile:
     early: bool = False
 
 
-VECTOR = (Tile(4, 1024, 4), Tile(8, 512, 4), Tile(2, 2048, 4), Tile(4, 2048, 8))
-VECTOR_GATED = (Tile(2, 1024, 4), Tile(4, 512, 4), Tile(4, 1024, 4))
-MATRIX = (Tile(32, 128, 2, 6), Tile(16, 256, 2, 4), Tile(64, 128, 4, 4), Tile(32, 256, 4, 4))
-MATRIX_GATED = (Tile(32, 128, 2, 4), Tile(64, 64, 4, 6), Tile(16, 256, 2, 3))
+Product = Literal["qkv", "back", "gate", "head"]
+"""The joint projection, those that add to the residual stream, the gated one, the logits."""
+
+_SMALL, _FLAT, _TALL = Tile(4, 1024, 4), Tile(8, 512, 4), Tile(2, 2048, 4)
+VECTOR: dict[Product, tuple[Tile, ...]] = {
+    "qkv": (_FLAT, _SMALL, _TALL),
+    "back": (_SMALL, _TALL, _FLAT),
+    "gate": (_SMALL, Tile(2, 1024, 4), Tile(4, 512, 4)),
+    "head": (_FLAT, _TALL, _SMALL),
+}
+"""For one row of x, the likeliest first."""
+
+_NARROW, _LONG, _WIDE = Tile(32, 128, 2, 6), Tile(16, 256, 2, 4), Tile(64, 128, 4, 4)
+_SQUARE = Tile(64, 64, 4, 6)
+MATRIX: dict[Product, tuple[Tile, ...]] = {
+    "qkv": (_WIDE, _SQUARE, _NARROW, Tile(64, 128, 4, 5)),
+    "back": (_LONG, _NARROW, _WIDE, Tile(16, 512, 4, 3)),
+    "gate": (Tile(32, 128, 2, 4), _SQUARE, Tile(64, 64, 4, 4), Tile(32, 128, 4, 4)),
+    "head": (_WIDE, _NARROW, Tile(32, 256, 4, 4)),
+}
+"""For two rows of x and more."""
 
 
-def tiles(rows: int, gated: bool) -> tuple[Tile, ...]:
+def tiles(rows: int, product: Product) -> tuple[Tile, ...]:
     """Tiles worth trying for this many rows of x, the likeliest first."""
     if rows > MAX_ROWS:
         return ()
-    if rows == 1:
-        return VECTOR_GATED if gated else VECTOR
-    return MATRIX_GATED if gated else MATRIX
+    return (VECTOR if rows == 1 else MATRIX)[product]
 
 
 def fits(tile: Tile, weights: Sequence[Tensor], gated: bool) -> bool:

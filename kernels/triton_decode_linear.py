@@ -131,14 +131,15 @@ def _matrix(
         gdc_wait()
     acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
     gate = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    squares = tl.zeros([ROWS], tl.float32)
+    # Summed over columns once, at the end: a sum per step would stop all warps in every step.
+    squares = tl.zeros([BLOCK_K, ROWS], tl.float32)
     for begin in range(0, width, BLOCK_K):
         here = begin + k < width
         mask = here[:, None] & (r < rows)[None, :]
         x = tl.load(x_ptr + r[None, :] * width + begin + k[:, None], mask=mask, other=0.0)
         if NORM:
             wide = x.to(tl.float32)
-            squares += tl.sum(wide * wide, 0)
+            squares += wide * wide
             gain = tl.load(gain_ptr + begin + k, mask=here, other=0.0).to(tl.float32)
             x = (wide * gain[:, None]).to(x.dtype)
         some = inside & here[None, :]
@@ -148,7 +149,7 @@ def _matrix(
             v = tl.load(w1_ptr + offset, mask=some, other=0.0, eviction_policy="evict_first")
             gate = tl.dot(v, x, gate, input_precision="ieee")
         offset += BLOCK_K
-    inverse = tl.rsqrt(squares / width + eps)[None, :]
+    inverse = tl.rsqrt(tl.sum(squares, 0) / width + eps)[None, :]
     mask = start + n < total
     bias, bias1 = acc, acc
     if BIAS:

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vistoken.kernels import (
     triton_biased_attention, triton_biased_attention_backward, triton_bipartite, triton_chain,
-    triton_ranking, triton_signals,
+    triton_prefill, triton_ranking, triton_signals,
 )
 KERNELS = {
     "attention": triton_biased_attention._attention,
@@ -30,6 +30,8 @@ KERNELS = {
     "partner": triton_signals._partner,
     "chain": triton_chain._add_reduce_norm,
     "rank": triton_ranking._rank,
+    "rotate": triton_prefill._rotate_and_store,
+    "gate": triton_prefill._silu_times,
 }
 for name, types, constants in json.loads(sys.argv[1]):
     kernel = KERNELS[name]
@@ -110,6 +112,9 @@ for biased in (True, False):
         )
     )
 CASES.append(("rank", {}, {"BLOCK": 256, "PART": 128}))
+CASES.append(("rotate", {"value_ptr": "bf16"}, {
+    "H": 32, "G": 8, "HALF": 40, "BLOCK_D": 64, "ROWS": 32}))  # fmt: skip
+CASES.append(("gate", {"count": "i64"}, {"BLOCK": 2048}))
 for merges, weighted, gain, sized, branch, gamma in [
     (True, True, False, True, True, True),
     (True, False, True, False, True, False),

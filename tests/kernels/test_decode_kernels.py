@@ -49,7 +49,7 @@ def test_linear_is_the_product(case):
     rms = (torch.randn(width), 1e-5) if norm else None
     rest = torch.randn(batch, sum(counts)) if residual else None
     wanted = naive_linear(x, weights, biases, rms, rest, gated)
-    for tile in (None, *tiles(batch, gated)):
+    for tile in (None, *tiles(batch, "gate" if gated else "back" if residual else "qkv")):
         assert tile is None or fits(tile, weights, gated) or len(weights) == 3
         got = decode_linear(x, weights, biases, rms, rest, gated, tile)
         torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
@@ -61,7 +61,7 @@ def test_tiles_do_not_straddle_two_weights():
     assert not fits(tile, [torch.randn(32, 16).T], False)
     assert fits(tile, [torch.randn(16, 32), torch.randn(9, 32)], False)
     assert fits(tile, [torch.randn(9, 32), torch.randn(9, 32)], True)
-    assert not tiles(17, False) and tiles(16, True) and tiles(1, False)
+    assert not tiles(17, "qkv") and tiles(16, "gate") and tiles(1, "head")
 
 
 def naive_attention(qkv, cos, sin, keys, values, lengths, scale):

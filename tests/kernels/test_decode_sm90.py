@@ -68,16 +68,15 @@ def linear(name, tile, gated, parts, norm, bias):
 def cases():
     from vistoken.kernels import decode_linear as kernels
 
-    pairs = {
-        "vector": (kernels.tiles(1, False), kernels.tiles(1, True)),
-        "matrix": (kernels.tiles(8, False), kernels.tiles(8, True)),
-    }
-    for name, (plain, gated) in pairs.items():
-        yield linear(name, plain[0], False, 3, True, True)
-        for tile in plain:
-            yield linear(name, tile, False, 1, False, False)
-        for tile in gated:
+    for name, batch in (("vector", 1), ("matrix", 8)):
+        for tile in kernels.tiles(batch, "qkv"):
+            yield linear(name, tile, False, 3, True, False)
+        for product in ("back", "head"):
+            for tile in kernels.tiles(batch, product):
+                yield linear(name, tile, False, 1, product == "head", False)
+        for tile in kernels.tiles(batch, "gate"):
             yield linear(name, tile, True, 1, True, False)
+        yield linear(name, kernels.tiles(batch, "qkv")[0], False, 3, True, True)
     for share, groups, dim in ((1, 32, 128), (7, 4, 64)):
         flags = {
             "GROUPS": groups, "SHARE": share, "D": dim, "BLOCK_D": dim, "SPLITS": 16, "BLOCK": 64,

@@ -38,7 +38,8 @@ def clock_of(cost, seen):
 
 def test_the_fastest_of_each_product_is_kept(parts, monkeypatch):
     seen = []
-    best = {"gate": tiles(1, True)[2], "qkv": None, "back": START.back, "head": tiles(1, False)[1]}
+    best = {"gate": tiles(1, "gate")[2], "qkv": None, "back": START.back,
+            "head": tiles(1, "head")[1]}  # fmt: skip
 
     def cost(plan):
         return sum(getattr(plan, name) != tile for name, tile in best.items()) + plan.early
@@ -85,8 +86,8 @@ def test_kernels_in_the_chain_agree_with_the_models_layer(parts):
         pytest.skip("the interpreter is for machines without a GPU")
     layer = parts.decoder.layers[0]
     for batch in (1, 2):
-        plain, gate = tiles(batch, False)[1], tiles(batch, True)[1]
-        assert decode_plan.layer_error(parts, layer, Plan(plain, plain, gate, plain), batch) < 1e-5
+        plan = Plan(*(tiles(batch, name)[1] for name in decode_plan.PRODUCTS))
+        assert decode_plan.layer_error(parts, layer, plan, batch) < 1e-5
 
 
 def test_words_name_every_product():

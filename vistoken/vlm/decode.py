@@ -14,7 +14,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from vistoken.vlm.decode_layers import Parts, Plan, chain_logits, host_logits, make_state
+from vistoken.vlm.decode_layers import (
+    Parts,
+    Plan,
+    chain_logits,
+    head_logits,
+    host_logits,
+    make_state,
+)
+from vistoken.vlm.prefill import prefill_layers
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -111,7 +119,7 @@ class Decoder:
         new_tokens: most new tokens.
         planes: 0 for plain positions, 3 where a token has three.
         graphs: record CUDA graphs; they share one memory pool.
-        plan: how the chain decodes; None is the model's own modules.
+        plan: how the chain runs; None is the model's own modules.
     """
 
     def __init__(
@@ -218,18 +226,24 @@ class Decoder:
 
     def _prefill(self, prompt: Prompt, sampling: Sampling) -> None:
         """The prompt through the model, and the first new token."""
-        state = self.state
-        hidden = self.parts.decoder(
-            inputs_embeds=prompt.embeds,
-            position_ids=prompt.positions,
-            past_key_values=state.cache(),
-            use_cache=True,
-        ).last_hidden_state
-        rows = torch.arange(self.batch, device=hidden.device)
+        parts, state = self.parts, self.state
+        rows = torch.arange(self.batch, device=prompt.embeds.device)
+        if self.plan is not None and not self.planes:
+            caches = state.keys, state.values
+            x = prefill_layers(parts, prompt.embeds, prompt.positions, *caches)
+            logits = head_logits(parts, x[rows, state.lengths - 1], self.plan)
+        else:
+            hidden = parts.decoder(
+                inputs_embeds=prompt.embeds,
+                position_ids=prompt.positions,
+                past_key_values=state.cache(),
+                use_cache=True,
+            ).last_hidden_state
+            logits = parts.head(hidden[rows, state.lengths - 1])
         state.finished.zero_()
         state.step.zero_()
         state.out.fill_(sampling.pad)
-        self._take(self.parts.head(hidden[rows, state.lengths - 1]), sampling)
+        self._take(logits, sampling)
 
     def _step(self, sampling: Sampling) -> None:
         """One more token per row."""

@@ -289,6 +289,9 @@ def why_not_chain(parts: Parts) -> str | None:
                 return f"'{type(module).__name__}' of a layer has a forward of its own"
         if type(layer.mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
             return f"its activation is {type(layer.mlp.act_fn).__name__}"
+    for module in (parts.decoder, parts.decoder.norm, parts.head):
+        if user_hooks(module) or "forward" in vars(module):
+            return f"'{type(module).__name__}' has hooks or a forward of its own"
     if type(parts.head) is not nn.Linear:
         return f"its head is {class_path(type(parts.head))}"
     return None

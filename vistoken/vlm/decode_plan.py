@@ -23,6 +23,7 @@ from vistoken.vlm.decode_layers import (
     mask_for,
     why_not_chain,
 )
+from vistoken.vlm.prefill import prefill_layer
 
 LOG = logging.getLogger(__name__)
 
@@ -71,9 +72,10 @@ def choose_plan(parts: Parts, batch: int, seconds: float = SECONDS) -> tuple[Pla
 
 
 def worst_error(parts: Parts, plan: Plan, batch: int) -> float:
-    """The larger error of the first and the last layer."""
-    layers = parts.decoder.layers
-    return max(layer_error(parts, layer, plan, batch) for layer in (layers[0], layers[-1]))
+    """The largest error of the first and the last layer, in a prompt and in a decoding step."""
+    ends = parts.decoder.layers[0], parts.decoder.layers[-1]
+    steps = max(layer_error(parts, layer, plan, batch) for layer in ends)
+    return max(steps, *(prompt_error(parts, layer) for layer in ends))
 
 
 def first_plans(parts: Parts, batch: int) -> list[Plan]:
@@ -81,7 +83,8 @@ def first_plans(parts: Parts, batch: int) -> list[Plan]:
     weight = parts.head.weight
     if why_not_triton(weight.device, weight.dtype) is not None or not tiles(batch, "qkv"):
         return [Plan()]
-    plan = Plan(*(tiles(batch, name)[0] for name in PRODUCTS))
+    qkv, back, gate, head = (tiles(batch, name)[0] for name in PRODUCTS)
+    plan = Plan(qkv, back, gate, head)
     capable = torch.version.hip is None and torch.cuda.get_device_capability(weight.device)[0] >= 9
     # With more rows, programs that wait for those before them keep these from shared memory.
     early = [replace(plan, early=True)] if capable and batch == 1 else []
@@ -209,6 +212,37 @@ def layer_error(parts: Parts, layer: Any, plan: Plan, batch: int = 2, tokens: in
     # A layer that changes little is judged by what it passes on: rounding alone is as large.
     size = torch.maximum((own - x).float().norm(), own.float().norm() / 4)
     return float((got - own).float().norm() / size)
+
+
+@torch.no_grad()
+def prompt_error(parts: Parts, layer: Any, batch: int = 2, tokens: int = 70) -> float:
+    """Relative difference to the model's own layer on a random prompt, caches included."""
+    weight = parts.head.weight
+    groups, dim = parts.cache_shape
+    source = torch.Generator(weight.device).manual_seed(0)
+    x = torch.randn(batch, tokens, weight.shape[1], generator=source, device=weight.device)
+    x = x.to(weight.dtype)
+    positions = torch.arange(tokens, device=weight.device).expand(batch, -1)
+    lengths = torch.zeros(batch, dtype=torch.int64, device=weight.device)
+    wanted, got = x.new_zeros(2, 2, batch, groups, tokens + 3, dim)
+    keys, values = wanted
+    tables = parts.decoder.rotary_emb(x, positions)
+    index = layer.self_attn.layer_idx
+    mask = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).tril()
+    own = layer(
+        x,
+        attention_mask=mask_for(parts, mask[None, None].expand(batch, -1, -1, -1), x.dtype),
+        position_ids=positions,
+        past_key_values=Cache(layers=[Rows(keys, values, lengths) for _ in range(index + 1)]),
+        use_cache=True,
+        position_embeddings=tables,
+    )
+    own = own[0] if isinstance(own, tuple) else own
+    cos, sin = (table.expand(batch, -1, -1).contiguous() for table in tables)
+    out = prefill_layer(layer, x.clone(), cos, sin, got[0], got[1])
+    size = torch.maximum((own - x).float().norm(), own.float().norm() / 4)
+    caches = (got - wanted).float().norm() / wanted.float().norm()
+    return max(float((out - own).float().norm() / size), float(caches))
 
 
 def describe(plan: Plan) -> str:
