@@ -1,4 +1,7 @@
-"""`vistoken view IMAGE --model NAME --method A`: a picture of the token regions."""
+"""`vistoken view IMAGE --model NAME --method A`: a picture of the token regions.
+
+With methods for vision-language models, NAME is a folder or hub name of transformers.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from vistoken.cli.errors import guarded
 from vistoken.errors import ConfigError
+from vistoken.methods import parse
+from vistoken.vlm.base import LanguageMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,10 +27,18 @@ SCENE = "reference:"
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of `vistoken view`."""
-    parser = argparse.ArgumentParser(prog="vistoken view", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="vistoken view",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("image", metavar="IMAGE", help="an image file, or reference:17 for an embedded scene")
-    add("--model", default="reference", help="timm name, open_clip:NAME, hf:..., or reference")
+    add(
+        "--model",
+        default="reference",
+        help="timm name, open_clip:NAME, hf:..., reference, or a VLM",
+    )
     add("--pretrained", action="store_true", help="fetch the weights of a timm model")
     add("--checkpoint", default=None, help="local weights of a timm or open_clip model")
     add("--num_classes", type=int, default=None, help="classes of a timm model's own head")
@@ -42,6 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
         default=None,
         help="blocks to show, 0 is the first; default: 3 6 9 11 of 12",
     )
+    add("--prompt", default="What is in the picture?", help="question to a vision-language model")
     add("--out", type=Path, default=Path("tokens.png"), help="PNG to write")
     return parser
 
@@ -67,6 +81,14 @@ def run_view(options: argparse.Namespace, reference: Any = None) -> Path:
         raise ConfigError(f"--out {options.out}: must end in .png")
     if not options.image.startswith(SCENE) and not Path(options.image).is_file():
         raise ConfigError(f"IMAGE {options.image}: there is no such file (or write reference:17)")
+    methods = [parse(text) for text in options.method or ()]
+    language = [isinstance(method, LanguageMethod) for method in methods]
+    if any(language):
+        if not all(language):
+            raise ConfigError("--method: classifiers and vision-language models need a call each")
+        from vistoken.cli.view_vlm import run_view_vlm
+
+        return run_view_vlm(options, methods)
     classifier = load_classifier(
         options.model,
         options.pretrained,

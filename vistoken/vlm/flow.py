@@ -45,7 +45,8 @@ class Flow:
         mask: what the layers after that edge attend to, computed once.
         notes: real columns that the cache holds, by edge.
         spans: columns that the cache held before and tokens of this pass, by edge.
-        orders: what every stage kept of the tokens before it `[B, L']`, for eviction.
+        orders: what every stage kept of the tokens before it `[B, L']`, by layer.
+        started: image tokens before the first stage `[B, L]`.
     """
 
     valid: Tensor | None
@@ -63,6 +64,10 @@ class Flow:
     notes: dict[int, Tensor | None] = field(default_factory=dict)
     spans: dict[int, tuple[int, int]] = field(default_factory=dict)
     orders: dict[int, Tensor] = field(default_factory=dict)
+    started: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.started = self.image
 
 
 @dataclass
@@ -177,8 +182,7 @@ class Decoder:
         flow.valid = stays.gather(1, order) if min(lengths) < length else None
         flow.image = flow.image.gather(1, order)
         flow.fixed = None if flow.fixed is None else flow.fixed.gather(1, order)
-        if self.method.evicts:
-            flow.orders[index] = order
+        flow.orders[index] = order
         flow.rotary = tuple(  # type: ignore[assignment]
             table.expand(len(order), -1, -1).gather(
                 1, order[..., None].expand(-1, -1, table.shape[-1])

@@ -80,7 +80,7 @@ class Finish:
         plain = isinstance(output, tuple)  # return_dict=False
         for value in output if plain else (getattr(output, "past_key_values", None),):
             if hasattr(value, "get_query_offset"):
-                if flow.orders:
+                if flow.orders and self.decoder.method.evicts:
                     evict(value, flow, self.decoder.edges)
                 setattr(value, NOTE, flow.notes)
         if flow.labels is None:

@@ -114,7 +114,7 @@ def shorten_prompt(
         raise ConfigError("images with inputs_embeds: pass input_ids, they say where images go")
     if isinstance(inputs.get("logits_to_keep"), Tensor):
         raise ConfigError("logits_to_keep: indices do not fit a shortened prompt; pass a number")
-    images = _encode(host, inputs, reduces)
+    images = encode_images(host, inputs, reduces)
     base: Any = host.base
     mark = base.config.image_token_id
     past, is_image = short_of(cache), ids == mark
@@ -225,7 +225,9 @@ def past_mask(inputs: dict[str, Any], columns: int) -> Tensor | None:
     return torch.cat([known.long(), rest.long()], 1)
 
 
-def _encode(host: LanguageHost, inputs: dict[str, Any], reduces: bool) -> list[tuple[int, Reduced]]:
+def encode_images(
+    host: LanguageHost, inputs: dict[str, Any], reduces: bool
+) -> list[tuple[int, Reduced]]:
     """Whole length and remainder of every image, in prompt order."""
     encoded = inputs.get("mm_encoder_outputs") or {}
     if inputs.get("pixel_values_videos") is not None or encoded.get("video") is not None:
