@@ -106,7 +106,8 @@ class BiLevelRouting(SparseAttention):
         index = route(q, k, size, self.topk, self.per_head)
         keys, values = extra or (None, None)
         out = routed_attention(
-            q, k, v, index, size, scale, additional_keys=keys, additional_values=values
-        )
+            q, k, v, index, size, scale, additional_keys=keys, additional_values=values,
+            distinct=True,
+        )  # fmt: skip
         assert isinstance(out, Tensor)
         return out

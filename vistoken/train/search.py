@@ -70,25 +70,13 @@ def learn_schedule(
     if table is not None and cost != "latency":
         raise ConfigError("a table was given, but cost='flops'; pass cost='latency' to use it")
     with tempfile.TemporaryDirectory() as scratch:
-        table_file = None if table is None else str(Path(scratch) / "table.json")
-        if table is not None and table_file is not None:
-            table.save(table_file)
+        path = None if table is None else table.save(Path(scratch) / "table.json")
         module = RateLearning(
-            backbone=twin(model, shared=False).float(),
-            cost=cost,
-            target_gflops=target_gflops,
-            target_speedup=target_speedup,
-            latency_table=table_file,
-            cost_weight=0.1,
-            cost_unit="share",
-            carry="active",
-            blocks=blocks,
-            init=init,
-            lr=lr,
-            lr_min=lr / 10,
-            labels=labels,
-            distill=distill,
-        )
+            backbone=twin(model, shared=False).float(), cost=cost, target_gflops=target_gflops,
+            target_speedup=target_speedup, latency_table=None if path is None else str(path),
+            cost_weight=0.1, cost_unit="share", carry="active", blocks=blocks, init=init, lr=lr,
+            lr_min=lr / 10, labels=labels, distill=distill,
+        )  # fmt: skip
         trainer = _trainer(model, steps, Path(folder or scratch))
         trainer.fit(module, loader)
         assert module.cost is not None
