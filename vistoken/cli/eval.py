@@ -69,9 +69,15 @@ def main(args: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         options = parse_options(args)
+        program = "python eval.py" if sys.argv[0].endswith("eval.py") else "vistoken eval"
+        command = " ".join([program, *(sys.argv[1:] if args is None else args)])
+        if options.model.startswith("vlm:"):
+            from vistoken.eval.vqa import run_vqa
+
+            run_vqa(options, command)
+            return
         from vistoken.eval.run import run_evaluation
 
-        program = "python eval.py" if sys.argv[0].endswith("eval.py") else "vistoken eval"
-        run_evaluation(options, " ".join([program, *(sys.argv[1:] if args is None else args)]))
+        run_evaluation(options, command)
 
     return guarded(run)

@@ -30,7 +30,8 @@ class EvalOptions:
 
     model: str = option(
         "reference",
-        "timm name, open_clip:NAME[/TAG], hf:FOLDER_OR_ID, or reference (the embedded model)",
+        "timm name, open_clip:NAME[/TAG], hf:FOLDER_OR_ID, vlm:FOLDER_OR_ID (answers questions), "
+        "vlm:tiny (the embedded one), or reference (the embedded model)",
     )
     pretrained: bool = option(False, "fetch the weights of a timm model")
     checkpoint: str | None = option(None, "local weights of a timm or open_clip model")
@@ -41,7 +42,9 @@ class EvalOptions:
     )
     data: str = option(
         "reference",
-        "image folder, tar file, wds/..., hfds/..., torch/..., or reference (embedded scenes)",
+        "image folder, tar file, wds/..., hfds/..., torch/..., or reference (embedded scenes); "
+        "for vlm: fashion_vqa[:FOLDER], easy_vqa[:FOLDER], or lines of JSON with image, question "
+        "and answer",
     )
     data_dir: str | None = option(None, "folder that wds/, hfds/ and torch/ data sets live in")
     split: str = option("validation", "split of the data set")
@@ -59,7 +62,10 @@ class EvalOptions:
     )
     budgets: list[float] = field(
         default_factory=lambda: list(BUDGETS),
-        metadata={"help": "costs as shares of the dense GFLOPs, in (0, 1)"},
+        metadata={
+            "help": "costs as shares of the dense GFLOPs, in (0, 1); for vlm: mean shares of image "
+            "tokens over the decoder's layers"
+        },
     )
     fill: str = option("nearest", "what pruned cells get in dense outputs: nearest or zeros")
     batch_size: int = option(25, "images per step and device")
@@ -71,6 +77,7 @@ class EvalOptions:
     speed_repeats: int = option(3, "rounds of the speed measurement; 0 leaves it out")
     speed_batch: int | None = option(None, "its batch size; 16 on a CPU, else batch_size")
     mode: str = option("eager", "what is timed: eager, graph (CUDA) or compiled")
+    max_new_tokens: int = option(4, "length of an answer of a vlm: model")
     out: str = option("results", "folder for eval.json, eval.md and eval.png")
 
     def __post_init__(self) -> None:
@@ -79,12 +86,20 @@ class EvalOptions:
         self._require("precision", self.precision in PRECISIONS, f"one of {PRECISIONS}")
         modes = ("eager", "graph", "compiled")
         self._require("mode", self.mode in modes, f"one of {modes}")
-        for name in ("batch_size", "limit", "speed_batch", "num_classes", "image_size"):
+        for name in (
+            "batch_size",
+            "max_new_tokens",
+            "limit",
+            "speed_batch",
+            "num_classes",
+            "image_size",
+        ):
             value = getattr(self, name)
             self._require(name, value is None or value >= 1, "a whole number >= 1")
         for name in ("num_workers", "speed_repeats"):
             self._require(name, getattr(self, name) >= 0, "a whole number >= 0")
-        if self.data == "reference" and self.model != "reference" and self.num_classes != 10:
+        known = self.model == "reference" or self.model.startswith("vlm:")
+        if self.data == "reference" and not known and self.num_classes != 10:
             raise ConfigError(
                 f"--model {self.model} needs --data: only the reference model (or a timm model "
                 "with --num_classes 10) knows the classes of the embedded scenes"

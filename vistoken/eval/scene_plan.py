@@ -113,7 +113,7 @@ def _plan_fragments(index: Tensor, seed: int, num_garments: int, size: int) -> d
     drawn = MIN_FRAGMENTS + n[:, 4 * k :] % (MAX_FRAGMENTS - MIN_FRAGMENTS + 1)
     low, high = FRAGMENT_EXTENT
     extent = size * (low + (high - low) * u[..., 0])
-    window = _cut_windows(*n[:, k : 4 * k].view(-1, 3, k).unbind(dim=1))
+    window = cut_windows(*n[:, k : 4 * k].view(-1, 3, k).unbind(dim=1))
     angle = (2 * u[..., 3] - 1) * math.radians(30)
     flip = u[..., 4] > 0.5
     # The window, not the garment square, is what has to be anywhere on the canvas.
@@ -135,7 +135,7 @@ def _plan_fragments(index: Tensor, seed: int, num_garments: int, size: int) -> d
     }
 
 
-def _cut_windows(side: Tensor, depth: Tensor, width: Tensor) -> Tensor:
+def cut_windows(side: Tensor, depth: Tensor, width: Tensor) -> Tensor:
     """Turn integer draws into windows of 11 to 16 rows from one side, 17 to 28 pixels across."""
     keep, across, which = 11 + depth % 6, 17 + width % 12, side % 4
     start = (GARMENT_PIXELS - across) // 2

@@ -112,8 +112,8 @@ def paint_scenes(pixels: Tensor, plan: ScenePlan, noise: Tensor, size: int = 224
     Returns:
         Images `[B, 3, size, size]` float32 in 0..1.
     """
-    sheets = _cut_sheets(pixels, plan)
-    maps = _layer_maps(plan, size)
+    sheets = cut_sheets(pixels, plan)
+    maps = layer_maps(plan, size)
     canvas = _draw_ground(noise, size)
     for k in range(pixels.shape[1]):
         grid = F.affine_grid(maps[:, k], [len(pixels), 2, size, size], align_corners=False)
@@ -125,11 +125,16 @@ def paint_scenes(pixels: Tensor, plan: ScenePlan, noise: Tensor, size: int = 224
     return canvas.clamp(0, 1)
 
 
-def _cut_sheets(pixels: Tensor, plan: ScenePlan) -> Tensor:
+def cover_of(value: Tensor) -> Tensor:
+    """Where garments in 0..1 `[..., K, 28, 28]` have cloth: 1 inside the outline, else 0."""
+    # Dilate, then erode, so that dark cloth inside the outline does not become a hole.
+    return -F.max_pool2d(-F.max_pool2d((value > 0.05).float(), 3, 1, 1), 3, 1, 1)
+
+
+def cut_sheets(pixels: Tensor, plan: ScenePlan) -> Tensor:
     """Turn garments `[B, K, 28, 28]` into shade times cover, and cover, `[B, K, 2, 28, 28]`."""
     value = pixels.to(torch.float32) / 255
-    # Dilate, then erode, so that dark cloth inside the outline does not become a hole.
-    cover = -F.max_pool2d(-F.max_pool2d((value > 0.05).float(), 3, 1, 1), 3, 1, 1)
+    cover = cover_of(value)
     at = torch.arange(GARMENT_PIXELS, device=pixels.device)
     left, top, right, bottom = plan.window[..., None].unbind(dim=2)
     columns = (at >= left) & (at < right)
@@ -139,7 +144,7 @@ def _cut_sheets(pixels: Tensor, plan: ScenePlan) -> Tensor:
     return torch.stack([shade * cover, cover], dim=2)
 
 
-def _layer_maps(plan: ScenePlan, size: int) -> Tensor:
+def layer_maps(plan: ScenePlan, size: int) -> Tensor:
     """Return the affine maps `[B, K, 2, 3]` from canvas to garment coordinates, both in -1..1."""
     zoom = size / plan.extent
     cos, sin = plan.angle.cos() * zoom, plan.angle.sin() * zoom
