@@ -5,108 +5,25 @@ import copy
 import pytest
 import torch
 import transformers
-from transformers import StaticCache
-from transformers.generation.streamers import BaseStreamer
 
 import vistoken
 from tests.support import vlm_models as m
+from tests.support.vlm_prompts import (
+    NEW,
+    ROWS,
+    inputs_of,
+    one_by_one,
+    reference,
+    run,
+    selection,
+)
 from vistoken.errors import ConfigError, UnsupportedMethodError
 from vistoken.vlm.prompt import prepare
 
-NEW = 6
 SIZES = [(56, 56), (40, 56), (28, 56)]
+
+
 METHODS = ["hired:budget=0.4", "random_tokens:budget=0.3", "pool_tokens:budget=0.4"]
-
-
-def run(model, inputs, **options):
-    options = {"max_new_tokens": NEW, "do_sample": False, **options}
-    return model.generate(**inputs, **options)
-
-
-def prompt(model, images, seed=0):
-    """One row: words, then every image followed by words; image token counts from the model."""
-    ids = m.words(3, seed)
-    for index, size in enumerate(images):
-        count = 16 if size is None else m.packed_length(model, size)
-        ids += [m.IMAGE] * count + m.words(3 + index, seed + 7 + index)
-    return ids
-
-
-def inputs_of(model, rows, pad="left", seed=0):
-    """A batch; rows are lists of image sizes, None for models that know one size."""
-    made = m.batch([prompt(model, row, seed + i) for i, row in enumerate(rows)], pad)
-    sizes = [size for row in rows for size in row]
-    if not sizes:
-        return made
-    if sizes[0] is None:
-        return {**made, "pixel_values": m.pictures(len(sizes), seed)}
-    return {**made, **m.anyres(model, sizes, seed)}
-
-
-def one_by_one(model, rows, **options):
-    """New tokens of every row, generated alone and without padding."""
-    batch = inputs_of(model, rows)
-    first, found = 0, []
-    for index, row in enumerate(rows):
-        real = batch["attention_mask"][index].bool()
-        alone = {"input_ids": batch["input_ids"][index][real][None]}
-        alone["attention_mask"] = torch.ones_like(alone["input_ids"])
-        if row:
-            for name in ("pixel_values", "image_sizes"):
-                if name in batch:
-                    alone[name] = batch[name][first : first + len(row)]
-            first += len(row)
-        found.append(run(model, alone, **options)[0, alone["input_ids"].shape[1] :])
-    return torch.stack(found)
-
-
-def reference(model, inputs, kept, positions="compact", steps=NEW):
-    """Greedy tokens by the plain language model on a short prompt built by hand, without cache.
-
-    Args:
-        kept: per row, per image, (places, features) that stay.
-    """
-    found = []
-    for row, images in enumerate(kept):
-        real = inputs["attention_mask"][row].bool()
-        ids = inputs["input_ids"][row][real].tolist()
-        table = model.get_input_embeddings().weight
-        embeds, places, image, at, before = [], [], -1, 0, None
-        for position, token in enumerate(ids):
-            if token != m.IMAGE:
-                embeds.append(table[token])
-                places.append(position)
-            else:
-                if before != m.IMAGE:
-                    image, at = image + 1, 0
-                where, values = images[image]
-                hit = (where == at).nonzero()
-                if len(hit):
-                    embeds.append(values[int(hit)])
-                    places.append(position)
-                at += 1
-            before = token
-        new = []
-        for _ in range(steps):
-            x = torch.stack(embeds)[None]
-            spots = torch.arange(len(embeds)) if positions == "compact" else torch.tensor(places)
-            out = model.model.language_model(
-                inputs_embeds=x, position_ids=spots[None], attention_mask=torch.ones(x.shape[:2]),
-                use_cache=False,
-            )  # fmt: skip
-            token = int(model.lm_head(out.last_hidden_state[0, -1]).argmax())
-            new.append(token)
-            embeds.append(table[token])
-            places.append(places[-1] + 1)
-        found.append(new)
-    return torch.tensor(found)
-
-
-def selection(model, inputs):
-    """What a wrapped model keeps of every image, read off its encoder."""
-    names = ("pixel_values", "image_sizes")
-    output = model.model.get_image_features(**{n: inputs[n] for n in names if n in inputs})
-    return [(f._vistoken_reduced.index, f._vistoken_reduced.features) for f in output.pooler_output]
 
 
 CASES = [(m.llava, None), (m.llava_next, (40, 56)), (m.llava_next, (56, 56))]
@@ -160,9 +77,6 @@ def test_unwrap_restores_exactly():
     assert torch.equal(model(**inputs).logits, logits)
     assert hooks == sum(len(x._forward_hooks) + len(x._forward_pre_hooks) for x in model.modules())
     assert names == [name for module in model.modules() for name in module.__dict__]
-
-
-ROWS = [[(56, 56)], [], [(40, 56), (28, 56)]]
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
@@ -236,105 +150,6 @@ def test_gapped_positions_without_cache_and_mask():
     with_mask = model(**inputs, use_cache=False).logits
     del inputs["attention_mask"]
     torch.testing.assert_close(model(**inputs, use_cache=False).logits, with_mask)
-
-
-@pytest.mark.parametrize("positions", ["compact", "original"])
-@torch.no_grad()
-def test_second_turn_with_a_new_image(positions):
-    model = vistoken.wrap(m.llava_next(), f"hired:budget=0.3,positions={positions}")
-    first = inputs_of(model, [[(56, 56)]])
-    out = run(model, first, return_dict_in_generate=True)
-    cache = out.past_key_values
-    assert cache.get_seq_length() == out.sequences.shape[1] - 1
-    tail = prompt(model, [(40, 56)], seed=5)
-    ids = torch.cat([out.sequences, torch.tensor([tail])], 1)
-    mask = torch.ones_like(ids)
-    second = m.anyres(model, [(40, 56)], 3)
-    turn = {"input_ids": ids, "attention_mask": mask}
-    going_on = run(model, {**turn, **second}, past_key_values=copy.deepcopy(cache))
-    both = {**turn}
-    parts = first["pixel_values"].shape[1]
-    pad = torch.zeros(1, parts - second["pixel_values"].shape[1], 3, 28, 28)
-    later = torch.cat([second["pixel_values"], pad], 1)
-    both["pixel_values"] = torch.cat([first["pixel_values"], later])
-    both["image_sizes"] = torch.cat([first["image_sizes"], second["image_sizes"]])
-    assert torch.equal(going_on, run(model, both))
-    # Text alone in turn 2, and a third turn after it.
-    ids = torch.cat([out.sequences, torch.tensor([m.words(4, 9)])], 1)
-    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    going_on = run(model, text, past_key_values=cache)
-    whole = {"pixel_values": first["pixel_values"], "image_sizes": first["image_sizes"]}
-    assert torch.equal(going_on, run(model, {**text, **whole}))
-
-
-@pytest.mark.parametrize("method", ["hired:budget=0.3", "fastv:budget=0.5,layer=1"])
-@pytest.mark.parametrize("positions", ["compact", "original"])
-@torch.no_grad()
-def test_second_turn_after_padding_on_either_side(method, positions):
-    if method.startswith("hired"):
-        method += f",positions={positions}"
-    model = vistoken.wrap(m.llava_next(), method)
-    found = []
-    for pad in ("left", "right"):
-        first = inputs_of(model, [[(56, 56)], [(28, 56)]], pad)
-        out = run(model, first, return_dict_in_generate=True)
-        ids = torch.cat([out.sequences, torch.tensor([m.words(4, 9), m.words(4, 10)])], 1)
-        mask = torch.cat([first["attention_mask"], torch.ones(2, NEW + 4, dtype=torch.long)], 1)
-        turn = {"input_ids": ids, "attention_mask": mask}
-        new = run(model, turn, past_key_values=out.past_key_values)[:, -2 * NEW - 4 :]
-        found.append(new)
-    assert torch.equal(*found)
-
-
-@torch.no_grad()
-def test_second_turn_of_a_padded_batch():
-    model = vistoken.wrap(m.llava_next(), "hired:budget=0.3")
-    first = inputs_of(model, [[(56, 56)], [(28, 56)]])
-    out = run(model, first, return_dict_in_generate=True)
-    more = torch.tensor([m.words(4, 9), m.words(4, 10)])
-    ids = torch.cat([out.sequences, more], 1)
-    mask = torch.cat([first["attention_mask"], torch.ones(2, NEW + 4, dtype=torch.long)], 1)
-    turn = {"input_ids": ids, "attention_mask": mask}
-    going_on = run(model, turn, past_key_values=out.past_key_values)
-    images = {n: first[n] for n in ("pixel_values", "image_sizes")}
-    assert torch.equal(going_on, run(model, {**turn, **images}))
-
-
-@torch.no_grad()
-def test_prompt_lookup_static_cache_and_streaming():
-    model = vistoken.wrap(m.llava_next(), "hired:budget=0.3")
-    inputs = inputs_of(model, [[(56, 56)]])
-    plain = run(model, inputs, max_new_tokens=12)
-    lookup = run(model, inputs, max_new_tokens=12, prompt_lookup_num_tokens=3)
-    assert torch.equal(lookup, plain)
-    static = run(
-        model, inputs, max_new_tokens=12, cache_implementation="static", disable_compile=True
-    )
-    assert torch.equal(static, plain)
-
-    class Words(BaseStreamer):
-        def __init__(self):
-            self.tokens = []
-
-        def put(self, value):
-            self.tokens += value.flatten().tolist()
-
-        def end(self):
-            pass
-
-    words = Words()
-    run(model, inputs, max_new_tokens=12, streamer=words)
-    assert words.tokens == plain[0].tolist()
-
-
-@torch.no_grad()
-def test_static_cache_with_padding():
-    model = vistoken.wrap(m.llava_next(), "hired:budget=0.3")
-    inputs = inputs_of(model, ROWS)
-    plain = run(model, inputs)
-    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=256)
-    static = run(model, inputs, past_key_values=cache, disable_compile=True)
-    assert torch.equal(static, plain)
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
@@ -510,27 +325,4 @@ def test_features_of_another_method_are_not_taken_for_its_own():
     assert prepare(model, {**inputs, **encoded}).images == ((88, 88),)
     vistoken.wrap(model, "random_tokens:budget=0.2")
     with pytest.raises(UnsupportedMethodError, match="another method"):
-        run(model, {**inputs, **encoded})
-
-
-@torch.no_grad()
-def test_a_later_turn_of_several_rows_on_a_static_cache_is_refused():
-    model = vistoken.wrap(m.llava_next(), "hired:budget=0.3")
-    inputs = inputs_of(model, ROWS)
-    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=256)
-    ids = run(model, inputs, past_key_values=cache, disable_compile=True)
-    more = torch.cat([ids, ids.new_tensor([[5, 6, 7]]).expand(len(ids), -1)], 1)
-    seen = torch.cat(
-        [
-            inputs["attention_mask"],
-            more.new_ones(len(more), more.shape[1] - inputs["input_ids"].shape[1]),
-        ],
-        1,
-    )
-    with pytest.raises(ConfigError, match="in a later turn of a static cache"):
-        run(
-            model,
-            {"input_ids": more, "attention_mask": seen},
-            past_key_values=cache,
-            disable_compile=True,
-        )
+        model(**inputs, **encoded)
