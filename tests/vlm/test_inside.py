@@ -8,7 +8,7 @@ import torch
 
 import vistoken
 from tests.support import vlm_models as m
-from tests.vlm.test_generate import NEW, ROWS, inputs_of, one_by_one, prompt, run
+from tests.support.vlm_prompts import NEW, ROWS, inputs_of, one_by_one, prompt, run
 from vistoken.errors import ConfigError, ScheduleError, UnsupportedMethodError
 from vistoken.vlm import FastV, LayerRates, PSigmoid, PyramidDrop
 

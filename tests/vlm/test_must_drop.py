@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vistoken
 from tests.support import vlm_models as m
-from tests.vlm.test_generate import NEW, ROWS, inputs_of, one_by_one, run
+from tests.support.vlm_prompts import NEW, ROWS, inputs_of, one_by_one, run
 from tests.vlm.test_inside import turned
 from vistoken.errors import ConfigError, ScheduleError, UnsupportedMethodError
 from vistoken.models.llava import find_language

@@ -7,7 +7,7 @@ import torch
 
 import vistoken
 from tests.support import vlm_models as m
-from tests.vlm.test_generate import inputs_of, run
+from tests.support.vlm_prompts import inputs_of, run
 from vistoken.cli.search_vlm import Agreement, read_prompts
 from vistoken.errors import ConfigError
 from vistoken.vlm.search import save_rates, search_rates
