@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import platform
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from vistoken.clock import device_name
 
 PACKAGES = {
     "torch": "torch",
@@ -23,15 +24,6 @@ PACKAGES = {
     "torchmetrics": "torchmetrics",
 }
 """Modules whose versions are noted once they are imported, and their distributions."""
-
-
-def device_name(device: torch.device) -> str:
-    """What the device is, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def versions() -> dict[str, str]:
