@@ -148,10 +148,6 @@ def shorten_prompt(
         # Without mask and cache, gaps in the positions would be read as packed sequences.
         whole = torch.ones_like(short_ids)
     labels = inputs.get("labels")
-    if labels is not None:
-        labels = _cut(labels, order, valid, -100)
-        if valid is not None:  # a row's first token has nothing to be predicted from
-            labels = labels.masked_fill(~F.pad(valid, (1, -1)), -100)
     length_before = 0 if cache is None else int(cache.get_seq_length())
     return Prepared(
         inputs_embeds=embeds,
@@ -165,7 +161,7 @@ def shorten_prompt(
             valid=None if whole is None else whole.bool(),
             offset=user[..., -1:] - new[..., -1:],
         ),
-        labels=labels,
+        labels=None if labels is None else _cut_labels(labels, order, valid),
         images=tuple((whole_count, r.index.shape[0]) for whole_count, r in images),
         features=tuple(r.features for _, r in images),
         image_mask=here,
@@ -187,6 +183,12 @@ def _cut(values: Tensor, order: Tensor, valid: Tensor | None, fill: int) -> Tens
     index = order.expand(*values.shape[:-2], *order.shape)
     found = values.gather(-1, index)
     return found if valid is None else found.masked_fill(~valid, fill)
+
+
+def _cut_labels(labels: Tensor, order: Tensor, valid: Tensor | None) -> Tensor:
+    """Labels at the tokens that stay; a row's first one has nothing to be predicted from."""
+    labels = _cut(labels, order, valid, -100)
+    return labels if valid is None else labels.masked_fill(~F.pad(valid, (1, -1)), -100)
 
 
 def _whole_mask(
