@@ -79,6 +79,36 @@ def test_quick_start_of_learned_counts(names: dict, tmp_path: Path) -> None:
     assert saved["merged"][-1] == 197 - 12 * 13 == names["schedule"].kept[-1]
 
 
+def test_page_of_neighborhood_attention(names: dict) -> None:
+    names["q"] = names["k"] = names["v"] = torch.randn(1, 16, 15, 2, 8)
+    names["x"] = torch.randn(1, 16, 15, 64)
+    assert run_page("docs/neighborhood.md", names) == 4
+    assert names["out"].shape == (1, 16, 15, 2, 8) and names["y"].shape == names["x"].shape
+    assert [m.shape[-1] for m in names["maps"]] == [56, 28, 14, 7]
+
+
+def test_page_of_routing(names: dict) -> None:
+    names["q"] = names["k"] = names["v"] = torch.randn(1, 24, 24, 2, 8)
+    names["qs"] = names["ks"] = names["vs"] = torch.randn(1, 256, 2, 8)
+    names["blocks"] = torch.tensor([[[[0, 1], [2, 3]]]])
+    names["counts"] = torch.tensor([[[1, 2]]])
+    names["x"], names["images"] = torch.randn(1, 28, 28, 96), torch.randn(1, 3, 64, 64)
+    names["model"] = timm.create_model("vit_tiny_patch16_224", img_size=224)
+    assert run_page("docs/routing.md", names) == 4
+    assert names["out"].shape == (1, 256, 2, 8) and names["y"].shape == names["x"].shape
+    assert [m.shape[-1] for m in names["maps"]] == [16, 8, 4, 2]
+
+
+def test_page_of_vision_language_models(names: dict) -> None:
+    assert run_page("docs/vlm.md", names, skip="load_tiny_llava") >= 3
+    assert names["ids"].shape[1] == names["inputs"]["input_ids"].shape[1] + 64
+
+
+def test_home(names: dict) -> None:
+    assert run_page("docs/index.md", names) == 1
+    assert names["logits"].shape == (2, 1000)
+
+
 METHOD_PAGES = sorted(path.stem for path in (ROOT / "docs/methods").glob("*.md"))
 
 

@@ -59,8 +59,8 @@ def stand_ins(monkeypatch: Any) -> dict[str, Any]:
     """Hub calls replaced by small random models; the names that pages take as given."""
     make, llava = timm.create_model, vlm_models.llava_next()
 
-    def create(name: str, pretrained: bool = False, **settings: Any) -> Any:
-        return make(name, pretrained=False, **settings)
+    def create(name: str, pretrained: bool = False, checkpoint_path: str = "", **more: Any) -> Any:
+        return make(name, pretrained=False, **more)
 
     def loads(found: Any) -> Any:
         return classmethod(lambda cls, name, **settings: found)
