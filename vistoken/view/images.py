@@ -91,7 +91,7 @@ def kept_tokens(model: nn.Module, inputs: dict[str, Any]) -> list[Kept]:
         raise ConfigError(f"input_ids of {inputs['input_ids'].shape[0]} rows: must be one row")
     host, label = attachment.host, attachment.method.to_string()
     images = encode_images(host, inputs, attachment.reduces)
-    before = [reduced.index for _, reduced in images]
+    before = [reduced.index.cpu() for _, reduced in images]
     found = [Kept(label, tuple(before))]
     decoder = attachment.decoder
     if decoder is None or not attachment.handles:
@@ -114,12 +114,12 @@ def kept_tokens(model: nn.Module, inputs: dict[str, Any]) -> list[Kept]:
 def _after_stages(flow: Flow, before: list[Tensor]) -> list[tuple[int, tuple[Tensor, ...]]]:
     """Places left of every image after every stage, by layer."""
     assert flow.started is not None
-    spots = flow.started[0].nonzero().flatten()
+    spots = flow.started[0].cpu().nonzero().flatten()
     owner = torch.cat([torch.full_like(one, number) for number, one in enumerate(before)])
     places, left, found = torch.cat(before), torch.arange(flow.started.shape[1]), []
     for layer, order in sorted(flow.orders.items()):
         left = left[order[0].cpu()]
-        stays = torch.isin(spots.cpu(), left)
+        stays = torch.isin(spots, left)
         mine = tuple(places[stays & (owner == number)] for number in range(len(before)))
         found.append((layer, mine))
     return found
