@@ -167,6 +167,41 @@ def test_models_of_one_size_and_many_stages(tmp_path):
     assert [one.label for one in _spread(stages)] == ["0", "10", "20", "30"]
 
 
+@pytest.mark.parametrize("kind", ["onevision", "internvl", "qwen", "two"])
+def test_other_families_are_drawn_on_their_own_grids(kind, tmp_path):
+    photo = picture(32, 48)
+    if kind == "qwen":
+        model, count, grids = m.qwen(), 24, [(4, 6)]
+        generator = torch.Generator().manual_seed(0)
+        images = {"pixel_values": torch.randn(96, 96, generator=generator)}
+        images["image_grid_thw"] = torch.tensor([[1, 8, 12]])
+    elif kind == "internvl":
+        model, count, grids = m.internvl(), 4, [(2, 2)]
+        images = {"pixel_values": torch.full((1, 3, 28, 28), 3.0)}
+    elif kind == "two":  # two pictures in one prompt
+        model, count, grids = m.llava(), 32, [(4, 4), (4, 4)]
+        images = {"pixel_values": torch.full((2, 3, 28, 28), 3.0)}
+    else:
+        model, size = m.onevision(), (40, 56)
+        count, images = m.packed_length(model, size), m.anyres(model, [size])
+        grids = [(4, 4), layout_of(find_language(model), count, size, whole=False).mosaic]
+        images["pixel_values"] = torch.full_like(images["pixel_values"], 3.0)
+    ids = torch.tensor([[5, *[m.IMAGE] * (count // 2), *([6] if kind == "two" else [])]])
+    ids = torch.cat([ids, torch.tensor([[m.IMAGE] * (count - count // 2) + [7, 8]])], 1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images}
+    method = "random_tokens:budget=0.4"
+    path = draw_images(model, inputs, photo, [method], tmp_path / "x.png")
+    (kept,) = kept_tokens(vistoken.wrap(model, method), inputs)
+    sheet, square = Image.open(path), kind in ("internvl", "two")
+    size = (640, 640) if square else (round(640 * 2 / 3), 640)
+    shown = [drawn(sheet, 0, column, grid, size) for column, grid in enumerate(grids)]
+    if kind == "onevision":
+        assert sum(int(one.sum()) for one in shown) == len(kept.places[0]) - grids[1][0]
+    else:
+        for one, places, grid in zip(shown, kept.places, grids, strict=True):
+            assert one.flatten().nonzero()[0].tolist() == places.tolist(), grid
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
