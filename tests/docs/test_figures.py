@@ -52,6 +52,41 @@ def test_speed_table_of_the_readme() -> None:
         assert float(faster.rstrip("x")) == pytest.approx(after / before, abs=0.0051)
 
 
+def test_prose_under_the_speed_table() -> None:
+    text = " ".join((ROOT / "README.md").read_text().split())
+    vit = {(r["case"], r["batch"], r["method"], r["mode"]): r for r in rows("vit-h100")}
+    vlm = {(r["case"], r["batch"], r["method"], r["mode"]): r for r in rows("vlm-h100")}
+    small, base, large, wide = (
+        ("deit_small_patch16_224", 256), ("vit_base_patch16_224", 256),
+        ("vit_large_patch16_224", 128), ("vit_base_patch16_384", 64),
+    )  # fmt: skip
+
+    def gain(case: tuple, method: str, over: str = "graph") -> str:
+        found = vit[*case, method, "graph"]["per_second"]
+        return f"{found / vit[*case, 'dense', over]['per_second']:.2f}x"
+
+    fused = [gain(case, "tome:r=0") for case in (small, base, large)]
+    assert "run DeiT-S at {}, ViT-B at {}, ViT-L at {}".format(*fused) in text
+    merged = zip((small, base, large, wide), (13, 13, 8, 23), strict=True)
+    compiled = [gain(case, f"tome:r={r}", "compiled") for case, r in merged]
+    assert "{}, {}, {} and {} for the four large ToMe rows".format(*compiled) in text
+    one = [vit["deit_small_patch16_224", 1, m, "eager"] for m in ("tome:r=13", "dense")]
+    assert "{:.0f} against {:.0f} images/s".format(*(r["per_second"] for r in one)) in text
+
+    def llava(batch: int, method: str, mode: str) -> dict:
+        return vlm["llava-next-7b-random", batch, method, mode]
+
+    for batch in (1, 8):
+        first = [llava(batch, m, "graph")["first_ms"] for m in ("hired:budget=0.2", "dense")]
+        assert "{:.0f} instead of {:.0f} ms (batch {})".format(*first, batch) in text
+    plain, static = (
+        [f"{llava(b, 'dense', mode)['per_second']:.0f}" for b in (1, 8)]
+        for mode in ("eager", "static")
+    )
+    assert f"makes {plain[0]} and {plain[1]} tokens/s" in text
+    assert f"with compilation {static[0]} and {static[1]}" in text
+
+
 def test_accuracy_table_of_the_readme() -> None:
     record = rows("eval-reference-cpu")
     cells = table_after("README.md", "## Accuracy on the embedded task")

@@ -136,6 +136,14 @@ def test_every_method_has_a_page_in_the_table_and_the_navigation() -> None:
         assert any(f".{cls.__name__}\n" in page.read_text() for page in documented), name
 
 
+def test_public_names_are_in_the_reference() -> None:
+    pages = "".join(page.read_text() for page in (ROOT / "docs/api").glob("*.md"))
+    for name in vistoken.__all__:
+        found = getattr(vistoken, name)
+        if callable(found) and not (isinstance(found, type) and issubclass(found, Exception)):
+            assert f".{name}\n" in pages, name
+
+
 def test_table_of_image_methods_says_which_see_the_question() -> None:
     table = (ROOT / "docs/methods/index.md").read_text()
     for name, cls in hosted_methods().items():
