@@ -18,49 +18,49 @@ from vistoken.kernels.triton_neighborhood_launch import precision, rows_packed, 
 from vistoken.kernels.triton_routing_geometry import place
 from vistoken.kernels.triton_routing_launch import strides
 
-CHANNELS = 512
-"""Channels whose sums a program holds at once."""
-
 ROWS = 16
 """Regions whose lists one program finds."""
 
-
-@triton.jit
-def _mean(
-    x_ptr, mean_ptr, first, end, stride_x, stride_y, stride_h, from_x, from_y, high, long,
-    D: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Means over one region of the channels `[first, end)`."""
-    channel = first + tl.arange(0, BC)
-    kept = channel < end
-    offset = place(channel // D, channel % D, stride_h, 1, WIDE)
-    total = tl.zeros([BC], tl.float32)
-    for start in range(0, high * long, BT):
-        nth = start + tl.arange(0, BT)
-        x = nth // long
-        token = place(from_x + x, from_y + nth - x * long, stride_x, stride_y, WIDE)
-        mask = (nth < high * long)[:, None] & kept[None, :]
-        values = tl.load(x_ptr + token[:, None] + offset[None, :], mask=mask, other=0.0)
-        total += tl.sum(values.to(tl.float32), 0)
-    tl.store(mean_ptr + channel, total / (high * long), mask=kept)
+LOADS = 2048
+"""Values of queries, and as many of keys, that a warp has on their way at once."""
 
 
-@triton.jit(do_not_specialize=["nx", "ny", "size_x", "size_y", "heads", "key_heads"])
+@triton.jit(do_not_specialize=["nx", "ny", "size_x", "size_y", "regions", "heads", "key_heads"])
 def _means(
     q_ptr, k_ptr, mean_q_ptr, mean_k_ptr, sqb, sqx, sqy, sqh, skb, skx, sky, skh,
-    nx, ny, size_x, size_y, heads, key_heads,
-    D: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, WIDE: tl.constexpr,
+    nx, ny, size_x, size_y, regions, heads, key_heads,
+    D: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    region, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """Means of `BR` regions over `BC` channels; queries and keys are on their way together."""
+    region = tl.program_id(1) * BR + tl.arange(0, BR)
+    channel, b = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(2).to(tl.int64)
     across = tl.cdiv(ny, size_y)
     from_x, from_y = region // across * size_x, region % across * size_y
-    high, long = tl.minimum(size_x, nx - from_x), tl.minimum(size_y, ny - from_y)
-    line = b * tl.num_programs(0) + region
-    _mean(q_ptr + b * sqb, mean_q_ptr + line * (heads * D), part * BC, heads * D, sqx, sqy, sqh,
-          from_x, from_y, high, long, D, BT, BC, WIDE)  # fmt: skip
-    if part * BC < key_heads * D:
-        _mean(k_ptr + b * skb, mean_k_ptr + line * (key_heads * D), part * BC, key_heads * D,
-              skx, sky, skh, from_x, from_y, high, long, D, BT, BC, WIDE)  # fmt: skip
+    # Regions behind the last begin behind the map and have no rows.
+    long, high = tl.minimum(size_y, ny - from_y), tl.minimum(size_x, nx - from_x)
+    count = high * long
+    some_q, some_k = channel < heads * D, channel < key_heads * D
+    q_ptr += b * sqb + place(channel // D, channel % D, sqh, 1, WIDE)[None, None, :]
+    k_ptr += b * skb + place(channel // D, channel % D, skh, 1, WIDE)[None, None, :]
+    total_q, total_k = tl.zeros([BR, BC], tl.float32), tl.zeros([BR, BC], tl.float32)
+    for start in range(0, size_x * size_y, BT):
+        nth = start + tl.arange(0, BT)[None, :]
+        x = nth // long[:, None]
+        y = nth - x * long[:, None] + from_y[:, None]
+        x += from_x[:, None]
+        there = (nth < count[:, None])[:, :, None]
+        q = tl.load(q_ptr + place(x, y, sqx, sqy, WIDE)[:, :, None],
+                    mask=there & some_q[None, None, :], other=0.0)  # fmt: skip
+        k = tl.load(k_ptr + place(x, y, skx, sky, WIDE)[:, :, None],
+                    mask=there & some_k[None, None, :], other=0.0)  # fmt: skip
+        total_q += tl.sum(q.to(tl.float32), 1)
+        total_k += tl.sum(k.to(tl.float32), 1)
+    share = (1.0 / tl.maximum(count, 1).to(tl.float32))[:, None]
+    line, known = (b * regions + region)[:, None], (region < regions)[:, None]
+    tl.store(mean_q_ptr + line * (heads * D) + channel[None, :], total_q * share,
+             mask=known & some_q[None, :])  # fmt: skip
+    tl.store(mean_k_ptr + line * (key_heads * D) + channel[None, :], total_k * share,
+             mask=known & some_k[None, :])  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["regions", "listed", "heads", "group"])
@@ -69,6 +69,7 @@ def _best(
     PER_HEAD: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
     BC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Scores of `BR` regions with all, and the best of each row, lower numbers first in ties."""
     own, h, b = tl.program_id(0) * BR + tl.arange(0, BR), tl.program_id(1), tl.program_id(2)
     other = tl.arange(0, BN)
     begin, end = 0, heads * D
@@ -86,13 +87,26 @@ def _best(
         at = other[:, None] * (heads // group * D) + channel[None, :]
         k = tl.load(mean_k_ptr + at, mask=kept & (other < regions)[:, None], other=0.0)
         score = tl.dot(q, tl.trans(k), score, input_precision=PRECISION)
-    score = tl.where((other < regions)[None, :], score, float("-inf"))
+    # Score and number in one word: a row's best takes one maximum, and its removal one comparison.
+    bits = score.to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    word = (bits << 32) | (BN - 1 - other).to(tl.int64)[None, :]
+    least = -0x7FFFFFFFFFFFFFFF
+    word = tl.where((other < regions)[None, :], word, least)
     line = (b * tl.num_programs(1) + h).to(tl.int64) * regions
     list_ptr += (line + own) * listed
     for nth in range(0, listed):
-        best = tl.argmax(score, 1)
-        tl.store(list_ptr + nth, best, mask=own < regions)
-        score = tl.where(other[None, :] == best[:, None], float("-inf"), score)
+        best = tl.max(word, 1)
+        tl.store(list_ptr + nth, BN - 1 - (best & 0xFFFFFFFF).to(tl.int32), mask=own < regions)
+        word = tl.where(word == best[:, None], least, word)
+
+
+def share(channels: int, tokens: int, regions: int) -> tuple[int, int, int]:
+    """Regions, tokens of each and channels that one warp adds up, all powers of two."""
+    whole = channels & -channels
+    block_c = min(128, whole if whole >= 32 else triton.next_power_of_2(channels))
+    block_t = min(triton.next_power_of_2(tokens), LOADS // block_c)
+    return min(LOADS // block_c // block_t, triton.next_power_of_2(regions)), block_t, block_c
 
 
 @on_device
@@ -104,18 +118,17 @@ def route(q: Tensor, k: Tensor, size: Sides, topk: int, per_head: bool) -> Tenso
     regions = math.prod(count_regions((grid[0], grid[1]), size))
     mean_q = q.new_empty(batch, regions, heads * dim, dtype=torch.float32)
     mean_k = q.new_empty(batch, regions, key_heads * dim, dtype=torch.float32)
-    channels = min(CHANNELS, triton.next_power_of_2(heads * dim))
-    tokens = min(triton.next_power_of_2(size[0] * size[1]), max(1, 4096 // channels))
-    _means[regions, -(-heads * dim // channels), batch](
-        q, k, mean_q, mean_k, *strides(q), *strides(k), *grid, *size, heads, key_heads,
-        D=dim, BT=tokens, BC=channels, WIDE=wide(q, k), num_warps=4,
+    block_r, block_t, block_c = share(heads * dim, size[0] * size[1], regions)
+    _means[-(-heads * dim // block_c), -(-regions // block_r), batch](
+        q, k, mean_q, mean_k, *strides(q), *strides(k), *grid, *size, regions, heads, key_heads,
+        D=dim, BR=block_r, BT=block_t, BC=block_c, WIDE=wide(q, k), num_warps=1,
     )  # fmt: skip
     lists = q.new_empty(batch, heads if per_head else 1, regions, min(topk, regions),
                         dtype=torch.int32)  # fmt: skip
     block = max(16, triton.next_power_of_2(regions))
     _best[-(-regions // ROWS), lists.shape[1], batch](
         mean_q, mean_k, lists, regions, lists.shape[-1], heads, heads // key_heads,
-        PER_HEAD=per_head, D=dim, BR=ROWS, BN=block, BC=32 if block <= 64 else 16,
+        PER_HEAD=per_head, D=dim, BR=ROWS, BN=block, BC=64 if block <= 64 else 16,
         PRECISION=precision(4), num_warps=4,
     )  # fmt: skip
     return lists

@@ -84,8 +84,10 @@ for grid, size, listed, dim, options in (
     for kind, kernel in (("forward", bands._forward), ("backward", bands._backward)):
         tile = choose_bands(grid, size, dim, kind)
         build(f"bands {kind} {dim}", kernel, {**bands.constants_of(tile, listed, dim, 2), **both})
-build("means", lists._means, {"D": 32, "BT": 4, "BC": 512, "WIDE": False})
-for block, channels in ((64, 32), (256, 16)):
+for heads, tokens in ((3, 64), (6, 16), (12, 4)):
+    blocks = dict(zip(("BR", "BT", "BC"), lists.share(heads * 32, tokens, 49)))
+    build(f"means {heads}", lists._means, {"D": 32, **blocks, "WIDE": False, "num_warps": 1})
+for block, channels in ((64, 64), (256, 16)):
     build(f"best {block}", lists._best, {
         "PER_HEAD": False, "D": 32, "BR": lists.ROWS, "BN": block, "BC": channels,
         "PRECISION": "tf32x3"})
@@ -101,5 +103,5 @@ def test_routing_kernels_compile():
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment
     )
     lines = out.stdout.splitlines()
-    assert len(lines) == 26, out.stderr[-3000:]
+    assert len(lines) == 28, out.stderr[-3000:]
     assert all(line.startswith("built") for line in lines), lines
