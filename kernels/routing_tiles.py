@@ -66,29 +66,22 @@ def choose(own: Sides, walked: Sides, listed: int, dim: int, bytes_: int, kind: 
     side = min((most // 2, most), key=lambda limit: _own_cost(own, limit))
     mine = split(own, side)
     rows = block(math.prod(mine))
-    narrow = bytes_ == 2 and dim <= 32
-    large = math.prod(walked) > most // 2
-    if narrow and large:
-        # Two rows of a walked region, as measured.
+    if bytes_ == 2 and dim <= 32 and math.prod(walked) > most // 2:
+        # As measured: of narrow heads a warp holds many rows, and walks two rows of a region.
         two = min(most // 2, max(16, 2 * walked[1]))
-        limits: tuple[int, ...] = (most if kind == "key" else two,)
-    else:
-        # A pass holds two products of its own rows with a step's rows, the gradients of keys and
-        # values two sums more.
-        roomy = dim <= {"forward": 64, "query": 32, "key": 0}[kind]
-        limits = (most // 2, most) if roomy else (most // 2,)
+        walk, per, columns = _walk(walked, listed, most if kind == "key" else two)
+        warps = max(1, rows // (32 if kind == "key" else 64))
+        return Tile(mine, walk, per, rows, columns, warps, 2 if per else 3)
+    # A pass holds two products of its own rows with a step's rows, the gradients of keys and values
+    # two sums more.
+    roomy = dim <= {"forward": 64, "query": 32, "key": 0}[kind]
+    limits = (most // 2, most) if roomy else (most // 2,)
     walk, per, columns = min(
         (_walk(walked, listed, limit) for limit in limits),
         key=lambda found: _walk_cost(walked, *found),
     )
-    stages = 3 if dim <= 128 else 2
-    if narrow:
-        # Of narrow heads a warp holds many rows: half the time of more warps, as measured.
-        warps = max(1, rows // (32 if kind == "key" else 64))
-        stages = 2 if kind == "key" and per == 1 else 3
-    else:
-        warps = max(1, rows // 16) * (1 if dim <= 64 else 2)
-    return Tile(mine, walk, per, rows, columns, warps, stages)
+    warps = max(1, rows // 16) * (1 if dim <= 64 else 2)
+    return Tile(mine, walk, per, rows, columns, warps, 3 if dim <= 128 else 2)
 
 
 def _own_cost(size: Sides, limit: int) -> int:
