@@ -14,7 +14,7 @@ from vistoken.errors import (
     UnsupportedBackboneError,
     UnsupportedMethodError,
 )
-from vistoken.vlm import decode, decode_plan
+from vistoken.vlm import accelerate, decode, decode_plan
 from vistoken.vlm.accelerate import left_aligned, read_sampling
 from vistoken.vlm.decode import Sampling, cut
 from vistoken.vlm.decode_layers import Plan, chain_layer, find_parts
@@ -405,3 +405,70 @@ def test_recent_drops_what_was_used_least_recently():
         assert decode.recent(kept, key, lambda key=key: make(key), 3) == key * 10
     assert made == [1, 2, 3, 4, 2]
     assert list(kept) == [1, 4, 2]
+
+
+def test_inference_mode_and_plain_calls_share_buffers(llava):
+    inputs = batch_of(llava, [4, 9])
+    wanted = plain(llava, inputs, NEW)
+    fast = vistoken.accelerate(llava, max_new_tokens=NEW)
+    with torch.inference_mode():
+        assert torch.equal(fast.generate(**inputs), wanted)
+    assert torch.equal(fast.generate(**inputs), wanted)
+
+
+@pytest.mark.parametrize("eos", [None, 5, PAD])
+def test_without_a_mask_padding_is_inferred_as_generate_does(llava, eos):
+    inputs = batch_of(llava, [9, 4])
+    del inputs["attention_mask"]
+    fast = vistoken.accelerate(llava, max_new_tokens=NEW)
+    wanted = plain(llava, inputs, NEW, eos_token_id=eos)
+    assert torch.equal(fast.generate(**inputs, eos_token_id=eos), wanted)
+
+
+def test_buffers_of_few_batch_sizes_are_kept(llava, monkeypatch):
+    monkeypatch.setattr(accelerate, "BATCHES", 2)
+    fast = vistoken.accelerate(llava, max_new_tokens=2)
+    for rows in (1, 2, 1, 3, 1):
+        fast.generate(input_ids=torch.randint(1, IMAGE, (rows, 5)))
+        assert len(fast._decoders) <= 2
+    assert {batch for batch, _ in fast._decoders} == {1, 3}
+
+
+def test_buffers_of_other_batch_sizes_make_room(llava, monkeypatch):
+    fast = vistoken.accelerate(llava, max_new_tokens=2)
+    inputs = batch_of(llava, [4, 9])
+    fast.generate(**batch_of(llava, [4]))
+
+    class Tight(decode.Decoder):
+        def __init__(self, *args):
+            if fast._decoders:
+                raise torch.OutOfMemoryError("full")
+            super().__init__(*args)
+
+    monkeypatch.setattr(accelerate, "Decoder", Tight)
+    assert torch.equal(fast.generate(**inputs), plain(llava, inputs, 2))
+
+    class Full(decode.Decoder):
+        def __init__(self, *args):
+            raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(accelerate, "Decoder", Full)
+    with pytest.raises(torch.OutOfMemoryError):
+        fast.generate(**batch_of(llava, [4]))
+    assert not fast._decoders
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": "hot"}, {"temperature": float("nan")}, {"top_k": 5.5}, {"top_p": "most"},
+        {"eos_token_id": "end"}, {"eos_token_id": [3, 4.5]}, {"pad_token_id": "pad"},
+        {"max_new_tokens": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_of_a_wrong_kind_are_named(llava, settings):
+    fast = vistoken.accelerate(llava, max_new_tokens=NEW)
+    (name,) = settings
+    with pytest.raises(ConfigError, match=f"^{name}="):
+        fast.generate(**batch_of(llava, [4]), do_sample=True, **settings)

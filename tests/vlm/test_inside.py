@@ -368,3 +368,25 @@ def test_a_static_cache_with_padding_on_the_right_is_refused(method):
         run(model, inputs, cache_implementation="static", disable_compile=True)
     whole = inputs_of(model, ROWS)
     assert torch.equal(run(model, whole), run(model, whole)), "the model still works"
+
+
+@pytest.mark.parametrize("method", ["fastv:budget=0.5,layer=1", "mustdrop:budget=0.6"])
+def test_a_pass_that_fails_leaves_nothing_to_the_next(method):
+    model = build(m.llava)
+    inputs = inputs_of(model, [[None], [None, None]])
+    vistoken.wrap(model, method)
+    wanted = run(model, inputs)
+    embeds = torch.randn(1, 7, 32)
+    language = model.model.language_model
+    plain = language(inputs_embeds=embeds).last_hidden_state
+
+    def fail(*_):
+        raise RuntimeError("on purpose")
+
+    handle = language.layers[2].mlp.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        run(model, inputs)
+    handle.remove()
+    assert torch.equal(language(inputs_embeds=embeds).last_hidden_state, plain)
+    assert model._vistoken.pending is None
+    assert torch.equal(run(model, inputs), wanted)

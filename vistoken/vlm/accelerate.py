@@ -11,7 +11,8 @@ from torch import Tensor
 from vistoken.api import KEY, wrap
 from vistoken.errors import BackendUnavailableError, ConfigError, UnsupportedMethodError
 from vistoken.methods import parse
-from vistoken.vlm.decode import Decoder, Sampling, round_up
+from vistoken.methods.base import is_int
+from vistoken.vlm.decode import Decoder, Sampling, recent, round_up
 from vistoken.vlm.decode_layers import Parts, Plan, find_parts
 from vistoken.vlm.decode_plan import choose_plan
 from vistoken.vlm.decode_watch import Snapshot
@@ -35,7 +36,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 """Generation settings that must stay at one of these values, or None."""
 
+BATCHES = 8
+"""Batch sizes whose buffers and graphs are kept."""
+
 UNFUSED: tuple[None, str] = (None, "the model's own modules: fuse=False")
+NO_PAD = -1
+"""An id that no token has."""
+
 SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "eos_token_id", "pad_token_id")
 DEFAULTS = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
 """What transformers takes where neither the call nor the model says."""
@@ -61,7 +68,7 @@ class Accelerated:
         graphs: bool | None = None,
         fuse: bool = True,
     ) -> None:
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        if not is_int(max_new_tokens) or max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens={max_new_tokens!r}: must be a whole number >= 1")
         self.model = model
         self.max_new_tokens = max_new_tokens
@@ -79,6 +86,8 @@ class Accelerated:
         self._snapshot = Snapshot(self._parts)
         self.execution = "nothing has run yet"
 
+    # Buffers outlive the call, and those of inference mode could not be written outside of it.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def generate(self, *, max_new_tokens: int | None = None, **inputs: Any) -> Tensor:
         """Token ids as `model.generate(**inputs)` returns them: the prompt, then the new tokens.
@@ -90,7 +99,8 @@ class Accelerated:
         Args:
             max_new_tokens: at most the number given to `accelerate`; None is that number.
             inputs: what the processor returned, on the model's device, and any of `do_sample`,
-                `temperature`, `top_k`, `top_p`, `eos_token_id`, `pad_token_id`.
+                `temperature`, `top_k`, `top_p`, `eos_token_id`, `pad_token_id`. Without
+                `attention_mask` padding is told by its id, unless that also ends rows.
 
         Returns:
             `[B, L + T]` int64.
@@ -110,13 +120,11 @@ class Accelerated:
         ids = inputs.get("input_ids")
         if not isinstance(ids, Tensor):
             raise ConfigError("input_ids: must be given as a tensor [B, L]")
+        if inputs.get("attention_mask") is None and sampling.pad not in sampling.eos:
+            inputs["attention_mask"] = (ids != sampling.pad).long()
         self._refresh()
         with torch.cuda.device_of(self._parts.head.weight):
-            try:
-                new = self._run(inputs, count, sampling)
-            except torch.OutOfMemoryError:
-                self.clear()
-                raise
+            new = self._run_or_make_room(inputs, count, sampling)
         return torch.cat([ids, new], 1)
 
     def _refresh(self) -> None:
@@ -130,6 +138,21 @@ class Accelerated:
         self._plans.clear()
         self._parts = find_parts(self.model)
         self._snapshot = Snapshot(self._parts)
+
+    def _run_or_make_room(self, inputs: dict[str, Any], count: int, sampling: Sampling) -> Tensor:
+        """The new tokens; buffers of other batch sizes go where memory is short."""
+        others = bool(self._decoders)
+        try:
+            return self._run(inputs, count, sampling)
+        except torch.OutOfMemoryError:
+            self.clear()
+            if not others:
+                raise
+        try:
+            return self._run(inputs, count, sampling)
+        except torch.OutOfMemoryError:
+            self.clear()
+            raise
 
     def _run(self, inputs: dict[str, Any], count: int, sampling: Sampling) -> Tensor:
         """The new tokens."""
@@ -149,7 +172,7 @@ class Accelerated:
         """The number of new tokens, checked."""
         if given is None:
             return self.max_new_tokens
-        if not isinstance(given, int) or not 1 <= given <= self.max_new_tokens:
+        if not is_int(given) or not 1 <= given <= self.max_new_tokens:
             raise ConfigError(
                 f"max_new_tokens={given!r}: must be in 1 ... {self.max_new_tokens}, the number "
                 "given to accelerate"
@@ -168,15 +191,17 @@ class Accelerated:
                 f"at most {window}, the model's sliding window; use model.generate"
             )
         found = self._decoders.get((batch, planes))
-        if found is None or found.length < round_up(length):
+        if found is not None and found.length < round_up(length):
             # The smaller cache is freed first: both need not fit.
-            self._decoders.pop((batch, planes), None)
-            del found
-            found = Decoder(
+            del self._decoders[batch, planes]
+        del found
+
+        def make() -> Decoder:
+            return Decoder(
                 self._parts, batch, length, self.max_new_tokens, planes, self._graphs, plan
             )
-            self._decoders[batch, planes] = found
-        return found
+
+        return recent(self._decoders, (batch, planes), make, BATCHES)
 
 
 def accelerate(
@@ -266,23 +291,32 @@ def read_sampling(config: Any, inputs: dict[str, Any]) -> Sampling:
         value = getattr(config, name, None) if value is None else value
         given[name] = DEFAULTS.get(name) if value is None else value
     inputs.pop("use_cache", None)
-    eos = given["eos_token_id"]
-    eos = eos.tolist() if isinstance(eos, Tensor) else eos
-    ends = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
-    ends = tuple(end for end in ends if end >= 0)
-    pad = given["pad_token_id"]
-    pad = (ends[0] if ends else 0) if pad is None else int(pad)
+    ends = tuple(end for end in read_ids("eos_token_id", given["eos_token_id"]) if end >= 0)
+    pads = read_ids("pad_token_id", given["pad_token_id"])
+    pad = (pads or ends or (NO_PAD,))[0]
     if not given["do_sample"]:
         return Sampling(eos=ends, pad=pad)
-    if not given["temperature"] > 0:
-        raise ConfigError(f"temperature={given['temperature']!r}: must be > 0")
-    if given["top_k"] < 0:
-        raise ConfigError(f"top_k={given['top_k']!r}: must be >= 0; 0 is all")
-    if not 0 < given["top_p"] <= 1:
-        raise ConfigError(f"top_p={given['top_p']!r}: must be in (0, 1]")
-    return Sampling(
-        True, float(given["temperature"]), int(given["top_k"]), float(given["top_p"]), ends, pad
-    )
+    heat, most, share = (given[name] for name in ("temperature", "top_k", "top_p"))
+    if not isinstance(heat, (int, float)) or not heat > 0:
+        raise ConfigError(f"temperature={heat!r}: must be a number > 0")
+    if not is_int(most) or most < 0:
+        raise ConfigError(f"top_k={most!r}: must be a whole number >= 0; 0 is all")
+    if not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise ConfigError(f"top_p={share!r}: must be a number in (0, 1]")
+    return Sampling(True, float(heat), most, float(share), ends, pad)
+
+
+def read_ids(name: str, value: Any) -> tuple[int, ...]:
+    """One token id or several, as a number, list or tensor; None is none.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    found = value.tolist() if isinstance(value, Tensor) else value
+    found = () if found is None else found if isinstance(found, (list, tuple)) else (found,)
+    if not all(map(is_int, found)):
+        raise ConfigError(f"{name}={value!r}: must be a token id, or a list of them")
+    return tuple(found)
 
 
 def left_aligned(

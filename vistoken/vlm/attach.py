@@ -190,7 +190,7 @@ def _attach_before(attachment: LanguageAttachment, method: ImageMethod) -> None:
     attachment.handles += [
         reader,
         host.top.register_forward_pre_hook(Enter(attachment), with_kwargs=True),
-        host.top.register_forward_hook(Leave(attachment), with_kwargs=True),
+        host.top.register_forward_hook(Leave(attachment), with_kwargs=True, always_call=True),
     ]
 
 
@@ -229,7 +229,7 @@ class Enter:
 
 @dataclass
 class Leave:
-    """Post-hook of the model: the cache learns what the prompt lost."""
+    """Post-hook of the model: the cache learns what the prompt lost; a pass that failed is over."""
 
     attachment: LanguageAttachment
 

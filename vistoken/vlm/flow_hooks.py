@@ -75,7 +75,7 @@ class Finish:
 
     def __call__(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         flow, self.decoder.flow = self.decoder.flow, None
-        if flow is None:
+        if flow is None or output is None:  # None where the pass failed
             return None
         plain = isinstance(output, tuple)  # return_dict=False
         for value in output if plain else (getattr(output, "past_key_values", None),):
@@ -149,7 +149,7 @@ def attach_decoder(decoder: Decoder) -> list[Any]:
     top, layers = decoder.host.top, decoder.host.decoder
     handles: list[Any] = [
         top.register_forward_pre_hook(Start(decoder), with_kwargs=True),
-        top.register_forward_hook(Finish(decoder), with_kwargs=True),
+        top.register_forward_hook(Finish(decoder), with_kwargs=True, always_call=True),
     ]
     for index in range(decoder.edges[0], len(layers)):
         handles.append(
