@@ -199,7 +199,10 @@ def full_states(attachment: Attachment, part: Any) -> Any:
     """The tuple of hidden states (embeddings first, then after each block) on the full grid."""
     if not isinstance(part, tuple) or len(part) != attachment.shape.depth + 1:
         return part
-    return tuple(attachment.full(state, block) for block, state in enumerate(part))
+    # transformers leaves out states that its caller did not ask for.
+    return tuple(
+        None if state is None else attachment.full(state, block) for block, state in enumerate(part)
+    )
 
 
 def select_positions(table: Tensor, state: TokenState) -> Tensor:

@@ -326,3 +326,25 @@ def test_features_of_another_method_are_not_taken_for_its_own():
     vistoken.wrap(model, "random_tokens:budget=0.2")
     with pytest.raises(UnsupportedMethodError, match="another method"):
         model(**inputs, **encoded)
+
+
+@pytest.mark.parametrize("build", [m.llava, m.llava_next])
+@torch.no_grad()
+def test_a_method_on_the_tower_keeps_every_image_token_in_its_place(build):
+    model = build()
+    size = (40, 56) if build is m.llava_next else None
+    inputs = inputs_of(model, [[size]])
+    plain, tower = run(model, inputs), copy.deepcopy(model.model.vision_tower)
+    pixels = inputs["pixel_values"].flatten(0, -4)
+    vistoken.wrap(tower, "tome:r=3")
+    states = tower(pixels, output_hidden_states=True).hidden_states
+    wanted = model.model.multi_modal_projector(states[model.config.vision_feature_layer][:, 1:])
+    vistoken.wrap(model, "tome:r=3")
+    seen = []
+    projector = model.model.multi_modal_projector
+    handle = projector.register_forward_hook(lambda _, __, out: seen.append(out))
+    assert run(model, inputs).shape == plain.shape
+    handle.remove()
+    assert torch.equal(seen[0], wanted)
+    vistoken.unwrap(model)
+    assert torch.equal(run(model, inputs), plain)
