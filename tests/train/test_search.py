@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 pytest.importorskip("lightning")
@@ -181,3 +182,42 @@ def test_a_model_without_a_number_of_classes_is_learned(model, loader, tmp_path:
             return self.net(x)
 
     assert learn_schedule(Plain(model), loader, target_speedup=1.2, steps=2).depth == 3
+
+
+@pytest.mark.parametrize("cost", ["flops", "latency"])
+def test_a_step_asks_the_device_for_no_value(model, cost, tmp_path) -> None:
+    """It would wait for the device, and a CUDA graph could not hold it."""
+    table = table_of(model).save(tmp_path / "table.json") if cost == "latency" else None
+    learning = RateLearning(
+        backbone=model, cost=cost, target_speedup=1.2, distill=1.0,
+        latency_table=None if table is None else str(table),
+    )  # fmt: skip
+    learning.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    learning.setup("fit")
+    called: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        losses = learning.losses(torch.randn(3, 3, 48, 48), torch.tensor([0, 4, 2]), torch.ones(()))
+        # A product's gradient counts zeros on the host, though not under a watch like this.
+        assert not [name for name in gradients(losses["loss"]) if name.startswith("Prod")]
+        losses["loss"].backward()
+    assert learning.rates.logits.grad is not None
+    assert any("backward" in op for op in called)
+    waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique")
+    assert not [op for op in called if any(word in op for word in waits)]
+
+
+def gradients(loss: torch.Tensor) -> set[str]:
+    """Names of all functions that the backward pass calls."""
+    seen, todo = set(), [loss.grad_fn]
+    while todo:
+        function = todo.pop()
+        if function is not None and function not in seen:
+            seen.add(function)
+            todo += [before for before, _ in function.next_functions]
+    return {function.name() for function in seen}

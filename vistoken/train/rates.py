@@ -150,7 +150,9 @@ class Rates(nn.Module):
     def _waking(self, chance: Tensor, kept: Tensor, entering: Tensor) -> Tensor:
         """Whether each block removes tokens: the last living one survives it or does not."""
         last = (entering.detach()[self.learned] - 1).long()[:, None, None].expand(-1, 2, 1)
-        stays = chance.gather(2, last)[..., 0].prod(1)
+        # A product of two, because the gradient of `prod` asks the host whether there are zeros.
+        pruned, merged = chance.gather(2, last)[..., 0].unbind(1)
+        stays = pruned * merged
         hard = (kept.detach() < entering.detach()).to(kept.dtype)
         return hard.index_add(0, self.learned, stays.detach() - stays)
 
