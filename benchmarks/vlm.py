@@ -135,7 +135,9 @@ def main():
     logging.basicConfig(format="%(message)s")
     logging.getLogger("vistoken").setLevel(logging.DEBUG)
     old = given.json is not None and given.json.exists()
-    rows = json.loads(given.json.read_text())["rows"] if old else []
+    before = json.loads(given.json.read_text()) if old else {"rows": []}
+    rows, command = before["rows"], " ".join(["python", *sys.argv])
+    command = f"{before['command']} && {command}" if old else command
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     model, shape = None, None
@@ -160,7 +162,7 @@ def main():
                 continue
             add_row(rows, row)
             if given.json is not None:
-                write_json(make_record(device, rows, " ".join(["python", *sys.argv])), given.json)
+                write_json(make_record(device, rows, command), given.json)
 
 
 if __name__ == "__main__":

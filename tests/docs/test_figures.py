@@ -87,6 +87,21 @@ def test_prose_under_the_speed_table() -> None:
     assert f"with compilation {static[0]} and {static[1]}" in text
 
 
+def test_generation_table() -> None:
+    measured = {(r["case"], r["batch"], r["method"], r["mode"]): r for r in rows("vlm-h100")}
+    model, batch = "", 0
+    table = table_after("docs/vlm.md", "### Measured")
+    assert len(table) >= 14
+    for label, what, first, each, whole, peak in table:
+        if label:
+            model, _, number = label.rpartition(", ")
+            batch = int(number)
+        method, _, mode = what.replace("`", "").rpartition(", ")
+        row = measured[f"{model.lower()}-7b-random", batch, method, mode]
+        assert [f"{row['first_ms']:.1f}", f"{row['decode_ms']:.2f}"] == [first, each]
+        assert [f"{row['ms']:.0f}", f"{row['peak_mib']:.0f}"] == [whole, peak]
+
+
 def test_accuracy_table_of_the_readme() -> None:
     record = rows("eval-reference-cpu")
     cells = table_after("README.md", "## Accuracy on the embedded task")
