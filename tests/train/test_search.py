@@ -221,3 +221,15 @@ def gradients(loss: torch.Tensor) -> set[str]:
             seen.add(function)
             todo += [before for before, _ in function.next_functions]
     return {function.name() for function in seen}
+
+
+def test_plain_iterables_of_batches_are_one_loader(model, loader) -> None:
+    batches = [tuple(batch) for batch in loader]
+    wanted = learn_schedule(model, loader, target_speedup=1.25, steps=5)
+    assert learn_schedule(model, batches, target_speedup=1.25, steps=5) == wanted
+
+
+def test_a_loader_that_runs_out_is_an_error(model, loader) -> None:
+    for spent in ([], (tuple(batch) for batch in loader)):
+        with pytest.raises(ConfigError, match="loader: a pass gave no batch"):
+            learn_schedule(model, spent, target_speedup=1.25, steps=5)

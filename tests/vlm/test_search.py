@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 import vistoken
 from tests.support import vlm_models as m
 from tests.support.vlm_prompts import inputs_of, run
+from vistoken.cli.main import main
 from vistoken.cli.search_vlm import Agreement, read_prompts
 from vistoken.errors import ConfigError
 from vistoken.vlm.search import save_rates, search_rates
@@ -66,5 +68,17 @@ def test_bad_prompts_are_named(tmp_path):
     path.write_text('{"image": "a.png"}\n')
     with pytest.raises(ConfigError, match="line 1"):
         read_prompts(path)
+    path.write_text('\n{"image": "a.png", "prompt": "what?"}\n')
+    with pytest.raises(ConfigError, match=r"line 2: cannot read image 'a\.png'"):
+        read_prompts(path)
     with pytest.raises(ConfigError, match="tolerance"):
         search_rates(m.llava(4), lambda model: 1.0, tolerance=-1)
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path, capsys):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"image": "a.png", "prompt": "what?"}\n\n')
+    for command in (["search-vlm", "--prompts", str(path), "--model"], ["bench-vlm"]):
+        assert main([*command, "no/such/folder"]) == 2
+        assert "model no/such/folder: transformers cannot load it" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vistoken.cli.errors import guarded
+from vistoken.cli.errors import guarded, loading
 from vistoken.errors import ConfigError
 
 SIZES = {
@@ -85,9 +85,10 @@ def make_model(options: argparse.Namespace, device: Any) -> tuple[Any, str]:
 
     dtype = getattr(torch, options.dtype)
     if options.model is not None:
-        model = transformers.AutoModelForImageTextToText.from_pretrained(
-            options.model, dtype=dtype, attn_implementation="sdpa"
-        )
+        with loading(options.model):
+            model = transformers.AutoModelForImageTextToText.from_pretrained(
+                options.model, dtype=dtype, attn_implementation="sdpa"
+            )
         name = options.model.rstrip("/").split("/")[-1]
     else:
         hidden, inner, layers, heads, groups, wide, depth, side, vocab = SIZES[options.random]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from vistoken.errors import ConfigError, ScheduleError, UnsupportedBackboneError, VistokenError
 
@@ -27,3 +28,23 @@ def guarded(run: Callable[[], object]) -> int:
         print("stopped", file=sys.stderr)
         return FAILED
     return OK
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """What transformers raises while it loads a model, in vistoken's own errors.
+
+    Raises:
+        ConfigError: transformers finds none.
+        UnsupportedBackboneError: a model of another kind.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"model {name}: transformers cannot load it ({str(error).splitlines()[0]})"
+        ) from error
+    except ValueError as error:
+        raise UnsupportedBackboneError(
+            f"model {name}: no vision-language model of transformers ({str(error).splitlines()[0]})"
+        ) from error

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vistoken.cli.errors import loading
 from vistoken.errors import ConfigError
 from vistoken.vlm.search import save_rates, search_rates
 
@@ -19,7 +20,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     """Lines of JSON with `image` (path beside the file) and `prompt`, ready for a processor.
 
     Raises:
-        ConfigError: no such file, or a line without these keys.
+        ConfigError: no such file, a line without these keys, or an image that cannot be read.
     """
     from PIL import Image
 
@@ -27,6 +28,8 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
         raise ConfigError(f"--prompts {path}: there is no such file")
     found = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
         try:
             entry = json.loads(line)
             image, prompt = entry["image"], entry["prompt"]
@@ -34,7 +37,13 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
             raise ConfigError(
                 f"{path}, line {number}: must be JSON with 'image' and 'prompt' ({error})"
             ) from error
-        found.append({"images": Image.open(path.parent / image).convert("RGB"), "text": prompt})
+        try:
+            picture = Image.open(path.parent / image).convert("RGB")
+        except (OSError, TypeError) as error:
+            raise ConfigError(
+                f"{path}, line {number}: cannot read image {image!r} ({error})"
+            ) from error
+        found.append({"images": picture, "text": prompt})
     if not found:
         raise ConfigError(f"--prompts {path}: holds no line")
     return found
@@ -78,8 +87,9 @@ def main(args: Sequence[str] | None = None) -> int:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     prompts = read_prompts(options.prompts)
-    processor = AutoProcessor.from_pretrained(options.model)
-    model = AutoModelForImageTextToText.from_pretrained(options.model, dtype="auto")
+    with loading(options.model):
+        processor = AutoProcessor.from_pretrained(options.model)
+        model = AutoModelForImageTextToText.from_pretrained(options.model, dtype="auto")
     model = model.to(options.device).eval()
     inputs = [
         processor(**one, return_tensors="pt").to(model.device, model.dtype) for one in prompts

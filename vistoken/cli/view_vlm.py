@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vistoken.errors import ConfigError, UnsupportedBackboneError
+from vistoken.cli.errors import loading
+from vistoken.errors import ConfigError
 
 
 def run_view_vlm(options: argparse.Namespace, methods: Sequence[Any]) -> Path:
@@ -88,18 +89,9 @@ def load(name: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    try:
+    with loading(name):
         model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
         processor = AutoProcessor.from_pretrained(name)
-    except OSError as error:
-        raise ConfigError(
-            f"--model {name}: transformers cannot load it ({str(error).splitlines()[0]})"
-        ) from error
-    except ValueError as error:
-        raise UnsupportedBackboneError(
-            f"--model {name}: no vision-language model of transformers "
-            f"({str(error).splitlines()[0]})"
-        ) from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
 
 

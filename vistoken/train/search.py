@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,7 +59,8 @@ def learn_schedule(
         A schedule that costs the target at most, and as little less as whole counts allow.
 
     Raises:
-        ConfigError: a number out of range, not exactly one target, or a table without latency.
+        ConfigError: a number out of range, not exactly one target, a table without latency, or a
+            loader that ran out.
         ScheduleError: a target out of reach.
         AlreadyWrappedError: the model carries a method.
         UnsupportedBackboneError: no supported vision transformer is in the model.
@@ -78,13 +79,35 @@ def learn_schedule(
             lr_min=lr / 10, labels=labels, distill=distill,
         )  # fmt: skip
         trainer = _trainer(model, steps, Path(folder or scratch))
-        trainer.fit(module, loader)
+        trainer.fit(module, loader if isinstance(loader, LightningDataModule) else Passes(loader))
         assert module.cost is not None
         learned = module.rates.schedule()
         met = module.cost.meet(learned, module.target)
         if folder is not None:
             met.save(Path(folder) / "schedule.json")
     return met
+
+
+class Passes:
+    """A loader as one object, whatever iterable it is: Lightning takes a list for several loaders.
+
+    Args:
+        loader: batches.
+    """
+
+    def __init__(self, loader: Iterable[tuple[Tensor, Tensor]]) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        empty = True
+        for batch in self.loader:
+            empty = False
+            yield batch
+        if empty:
+            raise ConfigError(
+                "loader: a pass gave no batch, and more steps are wanted; must be an iterable that "
+                "can be begun again, not an iterator that runs out"
+            )
 
 
 def _trainer(model: nn.Module, steps: int, folder: Path) -> Trainer:
