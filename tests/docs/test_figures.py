@@ -102,6 +102,48 @@ def test_generation_table() -> None:
         assert [f"{row['ms']:.0f}", f"{row['peak_mib']:.0f}"] == [whole, peak]
 
 
+def test_routing_table() -> None:
+    measured = {(r["case"], r["method"], r.get("direction")): r for r in rows("bra-h100")}
+    cases = list(dict.fromkeys(case for case, *_ in measured))
+    table = table_after("docs/routing.md", "### Measured")
+    assert len(table) == len(cases) == 6
+    for case, (_, ours, gather, full, gain, memory) in zip(cases, table, strict=True):
+        found = {}
+        for method, text in (("vistoken", ours), ("gather", gather), ("sdpa full", full)):
+            for direction, shown in zip(("fwd", "fwd+bwd"), text.split(" / "), strict=True):
+                row = found[method, direction] = measured[case, method, direction]
+                close = 0.51 * 10 ** -len(shown.partition(".")[2])
+                assert float(shown) == pytest.approx(row["ms"], abs=close)
+        for direction, shown in zip(("fwd", "fwd+bwd"), gain.split(" / "), strict=True):
+            ratio = found["gather", direction]["ms"] / found["vistoken", direction]["ms"]
+            assert shown == f"{ratio:.1f}x"
+        peaks = [found[method, "fwd+bwd"]["peak_mib"] for method in ("vistoken", "gather")]
+        assert memory == "{:.0f} / {:.0f}".format(*peaks)
+
+
+def test_rates_tables() -> None:
+    steps = {r["method"]: r for r in rows("rates-h100") if r["case"].endswith("step")}
+    table = table_after("docs/rates.md", "**A step of DeiT-S**")
+    assert len(table) == len(steps)
+    for method, ms, times, memory, hours in table:
+        name = "dense forward+backward" if method.startswith("dense") else method
+        row = steps[name]
+        wanted = f"{row['ms']:.1f}", f"{row['times_dense']:.2f}", f"{row['times_memory']:.2f}"
+        assert (ms, times, memory, hours) == (*wanted, f"{row['gpu_hours_3_epochs']:.2f}")
+    learned = {(str(r["share"]), r["method"]): r for r in rows("rates-h100") if "share" in r}
+    table = table_after("docs/rates.md", "**Learning**")
+    assert len(table) == len(learned)
+    for share, name, gflops, ms, top1, gain in table:
+        row = learned[share, name]
+        assert gflops == f"{row['gflops']:.3f}"
+        assert ms == (f"{row['ms']:.2f}" if row["ms"] else "")
+        assert float(top1) == pytest.approx(100 * row["top1"], abs=0.051)
+        if gain:
+            shown = tuple(map(float, gain.split(" +- ")))
+            exact = row["top1_flops_learned_minus_this"], row["top1_half_interval95"]
+            assert shown == pytest.approx([100 * x for x in exact], abs=0.051)
+
+
 def test_accuracy_table_of_the_readme() -> None:
     record = rows("eval-reference-cpu")
     cells = table_after("README.md", "## Accuracy on the embedded task")
