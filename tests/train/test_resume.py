@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from vistoken.errors import ConfigError
+from vistoken.train.classifier import Classifier
 from vistoken.train.images import ImagesData
 from vistoken.train.learn import RateLearning
 from vistoken.train.order import EpochOrder, ResumableLoader, ShareOrder
@@ -87,6 +88,28 @@ def test_a_run_that_stopped_inside_an_epoch_ends_bit_exactly(
     assert len({pixels for _, _, pixels, _ in whole.seen}) == 10
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_a_classifier_draws_alike_after_the_step_that_it_resumes_at(
+    pictures: Path, tmp_path: Path
+) -> None:
+    def train(out: Path, resume: Path | None = None) -> dict[str, torch.Tensor]:
+        seed_everything(3)
+        module = Classifier(
+            num_classes=10, model_args=TINY, drop_path=0.5, lr=0.01, ema_decay=0.9, warmup=0.0
+        )
+        keep = ModelCheckpoint(out, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer = Trainer(
+            accelerator="cpu", max_epochs=2, logger=False, enable_progress_bar=False,
+            enable_model_summary=False, limit_val_batches=0, default_root_dir=out, callbacks=[keep],
+        )  # fmt: skip
+        trainer.fit(module, images(pictures), ckpt_path=resume, weights_only=False)
+        return module.state_dict()
+
+    whole = train(tmp_path / "whole")
+    again = train(tmp_path / "again", tmp_path / "whole" / "step=3.ckpt")
+    for name, value in whole.items():
+        assert torch.equal(value, again[name]), name
 
 
 def test_scenes_go_on_inside_an_epoch(tmp_path: Path) -> None:

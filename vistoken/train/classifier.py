@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from vistoken.api import wrap
 from vistoken.train.backbone import make_backbone
+from vistoken.train.order import StepSeeds
 from vistoken.train.schedules import cosine_factor, time_progress
 from vistoken.train.start import load_start
 
@@ -99,6 +101,10 @@ class Classifier(LightningModule):  # type: ignore[misc]
         if self.hparams["compile"]:
             self.net.compile()
 
+    def configure_callbacks(self) -> list[Any]:
+        """Seeds of every step, so that stochastic depth draws alike where a run resumes."""
+        return [StepSeeds()]
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the smoothed cross-entropy of one batch."""
         images, labels = batch
@@ -109,10 +115,17 @@ class Classifier(LightningModule):  # type: ignore[misc]
         self.log("train/top1", (logits.detach().argmax(1) == classes).float().mean())
         return loss
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Move the average towards the new weights."""
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """A step, and the average towards the new weights before a checkpoint can be written."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.ema is not None:
-            self.ema.update(self.net, step=self.global_step)
+            self.ema.update(self.net, step=self.global_step + 1)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count the averaged model's hits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -102,10 +103,17 @@ class VqaTraining(LightningModule):  # type: ignore[misc]
             loss = loss + self.hparams["tile_weight"] * tile
         return loss
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Move the average towards the new weights."""
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """A step, and the average towards the new weights before a checkpoint can be written."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.ema is not None:
-            self.ema.update(self.net, step=self.global_step)
+            self.ema.update(self.net, step=self.global_step + 1)
 
     def validation_step(self, batch: VqaBatch, batch_idx: int) -> None:
         """Count answers of the averaged model that are right to the word."""
