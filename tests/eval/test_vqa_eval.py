@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from vistoken.api import unwrap, wrap
 from vistoken.cli.eval import main, parse_options
 from vistoken.errors import ConfigError, ScheduleError
 from vistoken.eval.options import EvalOptions
@@ -19,9 +20,9 @@ from vistoken.eval.tiny_llava import (
     tiny_config,
 )
 from vistoken.eval.vqa import best_constant, run_vqa, same
-from vistoken.eval.vqa_cases import at_budget, mean_share, plan_vqa_cases
+from vistoken.eval.vqa_cases import at_budget, kept_share, mean_share, plan_vqa_cases
 from vistoken.eval.vqa_sources import FashionQuestions, FileQuestions, Item, open_questions
-from vistoken.vlm import METHODS, FastV, HiRED, PyramidDrop
+from vistoken.vlm import METHODS, FastV, HiRED, MustDrop, PyramidDrop
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "vlm"
 SMALL = {
@@ -73,6 +74,9 @@ def test_folder_and_weights_file_give_the_same_model(folder: Path, tmp_path: Pat
         assert torch.equal(value, again.state_dict()[name])
     with pytest.raises(ConfigError, match="no such file"):
         load_tiny_llava(tmp_path / "other.safetensors")
+    save_file(small().state_dict(), tmp_path / "small.safetensors")
+    with pytest.raises(ConfigError, match=r"small\.safetensors: not of the shipped model's sizes"):
+        load_tiny_llava(tmp_path / "small.safetensors")
 
 
 def test_processor_survives_saving_and_generation_decodes_to_words(folder: Path) -> None:
@@ -116,6 +120,10 @@ def test_rows_hold_what_was_answered(folder: Path, tmp_path: Path) -> None:
     assert rows[0]["low"] < 2 / 3 < rows[0]["high"]
     assert rows[1]["tokens"] < rows[2]["tokens"] < rows[2]["image_tokens"]
     assert rows[3]["share"] == (1 + 3 * 0.5) / 4
+    assert rows[3]["kept"] == pytest.approx((1 + 3 * 0.5) / 4, abs=1 / rows[1]["image_tokens"])
+    assert rows[0]["kept"] == 1
+    for row in rows[1:3]:
+        assert row["kept"] == row["tokens"] / row["image_tokens"]
     assert json.loads((tmp_path / "out" / "eval.json").read_text())["rows"][1] == rows[1]
     assert "| hired |" in (tmp_path / "out" / "eval.md").read_text()
     assert (tmp_path / "out" / "eval.png").stat().st_size > 5000
@@ -146,6 +154,23 @@ def test_budgets_are_mean_shares_over_the_layers() -> None:
     assert at_budget(HiRED, 0.1, 6) == HiRED(budget=0.1)
     assert mean_share(at_budget(FastV, 0.2, 6), 6) == pytest.approx(0.2, abs=1e-5)
     assert mean_share(PyramidDrop(budgets=(0.5, 0.25, 0.125)), 4) == 1.875 / 4
+
+
+def test_must_drop_counts_what_merging_took(folder: Path) -> None:
+    model, processor = load_tiny_llava(folder), make_processor()
+    inputs = processor(
+        images=Image.new("RGB", (224, 224)), text="<image> what is at the top?", return_tensors="pt"
+    )
+    for budget in (0.3, 0.6):
+        method = MustDrop(budget=budget, after=(0, 1))
+        assert mean_share(method, 4) == budget
+        wrap(model, method)
+        # Windows are whole and counts are rounded down: the budget is met to a few tokens.
+        assert kept_share(model, dict(inputs)) == pytest.approx(budget, abs=0.02)
+        unwrap(model)
+    # Without the merging the stages alone would make it more.
+    assert mean_share(FastV(budget=0.3), 4) > 0.5
+    assert kept_share(model, dict(inputs)) == 1
 
 
 def test_every_method_is_planned_and_what_cannot_work_is_noted() -> None:

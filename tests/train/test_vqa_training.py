@@ -12,6 +12,7 @@ pytest.importorskip("lightning")
 pytest.importorskip("jsonargparse")
 
 from vistoken.cli.train import main
+from vistoken.errors import ConfigError
 from vistoken.eval.tiny_llava import WEIGHTS_FILE, load_tiny_llava, make_tiny_llava, tiny_config
 from vistoken.eval.vqa_scenes import cut_tiles
 from vistoken.eval.vqa_words import BOS, EOS, ID, IMAGE, NAMES, PAD, USER, WORDS
@@ -147,7 +148,7 @@ def test_recipes_learn_and_leave_weights(config: str, easy: Path, tmp_path: Path
     assert isinstance(module, VqaTraining)
     assert cli.trainer.callback_metrics["train/answer"] < np.log(len(WORDS)) - 0.5
     assert 0 <= cli.trainer.callback_metrics["val/accuracy"] <= 1
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(ConfigError, match="sizes"):
         load_tiny_llava(tmp_path / WEIGHTS_FILE)
     from safetensors.torch import load_file
 

@@ -12,8 +12,9 @@ from transformers import DynamicCache, StaticCache
 
 import vistoken
 from tests.support import vlm_models as m
-from tests.support.vlm_prompts import NEW, inputs_of, run
+from tests.support.vlm_prompts import NEW, inputs_of, one_by_one, run
 from vistoken.vlm.cache import Short, short_of, shorten, stored
+from vistoken.vlm.prompt import prepare
 
 
 def filled(columns=5):
@@ -85,3 +86,16 @@ def test_an_emptied_cache_serves_again(kind):
     assert int(cache.get_seq_length()) == 9 + NEW - 1
     cache.reset()
     assert torch.equal(run(model, inputs, **options), plain)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", ["max_min:budget=0.26", "globalcom2:budget=0.26"])
+def test_a_static_cache_of_rows_that_the_cut_made_equally_long(method, attention):
+    model = m.llava_next(4, attention=attention)
+    rows = [[(56, 56)], [(28, 28), (28, 28)]]
+    inputs = inputs_of(model, rows)
+    assert not inputs["attention_mask"].all()
+    vistoken.wrap(model, method)
+    ids = run(model, inputs, cache_implementation="static")
+    assert prepare(model, inputs).attention_mask is None
+    assert torch.equal(ids[:, -NEW:], one_by_one(model, rows))

@@ -96,7 +96,7 @@ def load_tiny_llava(weights: str | Path | None = None) -> Any:
             means the file in the package.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: there is no such file, or its weights are of other sizes.
     """
     from safetensors.torch import load_file
     from transformers import LlavaNextForConditionalGeneration
@@ -110,7 +110,13 @@ def load_tiny_llava(weights: str | Path | None = None) -> Any:
     model = make_tiny_llava()
     with as_file(source) as path:
         state = {name: value.float() for name, value in load_file(path).items()}
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"weights {source}: not of the shipped model's sizes; load them into "
+            "make_tiny_llava(tiny_config(vision, text)), and save_tiny_llava writes a folder"
+        ) from error
     return model.eval()
 
 

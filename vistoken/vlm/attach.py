@@ -270,10 +270,12 @@ def later_step(host: LanguageHost, inputs: dict[str, Any]) -> dict[str, Any]:
     mask = inputs.get("attention_mask")
     if mask is not None and mask.dim() == 4:
         padding_of(mask, length, past=True)
-        # A static cache: its mask follows the stored columns already, but for padding.
-        if short.valid is not None:
-            rest = tokens.new_ones(batch, mask.shape[-1] - short.columns)
-            mask = torch.cat([short.valid.long(), rest], 1)
+        # A static cache: its mask is as long as what is stored, but tells the user's padding.
+        known = short.valid
+        if known is None:
+            known = tokens.new_ones(batch, short.columns)
+        rest = tokens.new_ones(batch, mask.shape[-1] - short.columns)
+        mask = torch.cat([known.long(), rest], 1)
     elif mask is not None or short.valid is not None:
         columns = int(cache.get_query_offset())
         before = past_mask({**inputs, "input_ids": tokens}, columns)
