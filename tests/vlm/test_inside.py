@@ -304,6 +304,8 @@ def test_schedule_files(tmp_path):
         LayerRates(file=str(path)).stages(4)
     with pytest.raises(ConfigError, match="nowhere"):
         LayerRates(file="nowhere").stages(4)
+    with pytest.raises(ConfigError, match="one of them must be given"):
+        LayerRates().stages(4)
 
 
 def test_what_cannot_work_raises():

@@ -202,8 +202,10 @@ class LayerRates(LayerMethod):
         """
         if self.rates is not None:
             return tuple(self.rates)
+        if self.file is None:
+            raise ConfigError("LayerRates(rates=None, file=None): one of them must be given")
         try:
-            found = json.loads(Path(self.file or "").read_text())["rates"]
+            found = json.loads(Path(self.file).read_text())["rates"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"LayerRates(file={self.file!r}): must be JSON with a list 'rates' ({error})"
