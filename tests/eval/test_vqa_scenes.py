@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
+from vistoken.errors import ConfigError
 from vistoken.eval.reference import ReferenceScenes
 from vistoken.eval.tiny_llava import make_processor
 from vistoken.eval.vqa_plan import LEAST, MOST, plan_layout, sort_garments
 from vistoken.eval.vqa_questions import KINDS, MARGIN, ask
 from vistoken.eval.vqa_scenes import CANVAS, cut_tiles, draw, patch_names
+from vistoken.eval.vqa_sources import FileQuestions
 from vistoken.eval.vqa_words import EOS, NAMES, NUMBERS, PAD, PLURALS, REGIONS, WORDS
 
 
@@ -129,3 +132,14 @@ def test_tiles_are_those_of_the_processor() -> None:
     words = [WORDS[i] for i in made["input_ids"][0].tolist()]
     assert words[:3] == ["<s>", "user:", "<image>"] and words.count("<image>") == 336
     assert words[338:] == ["what", "is", "at", "the", "top", "?"]
+
+
+def test_lines_and_images_that_cannot_be_read_are_named(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('\n{"image": "a.png", "question": "what?", "answer": "bag"}\n')
+    source = FileQuestions(path)
+    with pytest.raises(ConfigError, match=r"cannot read the image .*a\.png"):
+        source.items([0])
+    path.write_text('\n{"image": "a.png"}\n')
+    with pytest.raises(ConfigError, match="line 2"):
+        FileQuestions(path)

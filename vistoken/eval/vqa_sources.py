@@ -143,7 +143,9 @@ class FileQuestions:
             )
         self.folder = path.parent
         self.entries = []
-        for number, line in enumerate(filter(str.strip, path.read_text().splitlines()), 1):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if not line.strip():
+                continue
             try:
                 entry = json.loads(line)
                 self.entries.append([str(entry[key]) for key in ("image", "question", "answer")])
@@ -166,8 +168,11 @@ class FileQuestions:
 def _open(path: Path) -> Any:
     from PIL import Image
 
-    with Image.open(path) as image:
-        return image.convert("RGB")
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise ConfigError(f"cannot read the image {path} ({error})") from error
 
 
 def open_questions(data: str, device: torch.device | str = "cpu") -> Source:
