@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from vistoken.api import unwrap, wrap
 from vistoken.cli.eval import main, parse_options
 from vistoken.errors import ConfigError, ScheduleError
 from vistoken.eval.options import EvalOptions
+from vistoken.eval.report import make_console
 from vistoken.eval.tiny_llava import (
     load_tiny_llava,
     make_processor,
@@ -19,11 +21,12 @@ from vistoken.eval.tiny_llava import (
     save_tiny_llava,
     tiny_config,
 )
-from vistoken.eval.vqa import best_constant, run_vqa, same
-from vistoken.eval.vqa_cases import at_budget, kept_share, mean_share, plan_vqa_cases
+from vistoken.eval.vqa import answer_all, best_constant, make_rows, read, run_vqa, same
+from vistoken.eval.vqa_cases import VqaCase, at_budget, kept_share, mean_share, plan_vqa_cases
 from vistoken.eval.vqa_sources import FashionQuestions, FileQuestions, Item, open_questions
-from vistoken.vlm import METHODS, FastV, HiRED, MustDrop, PyramidDrop
+from vistoken.vlm import METHODS, FastV, HiRED, MustDrop, PyramidDrop, RandomTokens
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 CONFIGS = Path(__file__).parents[2] / "configs" / "vlm"
 SMALL = {
     "hidden_size": 32,
@@ -203,3 +206,45 @@ def test_matches_and_constant_answers() -> None:
     assert same(" Two ", "two") and not same("two.", "two")
     kinds = [("a", "x"), ("a", "x"), ("a", "y"), ("b", "z")]
     assert best_constant([Item(None, "", answer, kind) for kind, answer in kinds]) == 0.75
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return load_tiny_llava(), make_processor()
+
+
+def test_packaged_weights_answer_as_the_card_says(trained) -> None:
+    model, processor = trained
+    source = FashionQuestions(count=40)
+    options = EvalOptions(model="vlm:tiny", limit=40)
+    cases = [VqaCase(None), VqaCase(FastV(budget=0.1, layer=1)), VqaCase(RandomTokens(budget=0.1))]
+    found = answer_all(model, processor, source, cases, options, make_console())
+    dense, looked, drawn = (row["accuracy"] for row in make_rows(cases, *found, options))
+    assert dense >= 0.85
+    assert dense > looked > drawn + 0.1
+
+
+def test_a_budget_of_one_answers_as_the_dense_model(trained) -> None:
+    model, processor = trained
+    inputs = read(model, processor, FashionQuestions(count=8).items(range(8)))
+    dense = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    wrap(model, "hired:budget=1.0")
+    assert torch.equal(model.generate(**inputs, max_new_tokens=2, do_sample=False), dense)
+    unwrap(model)
+
+
+def test_card_quotes_the_records() -> None:
+    card = (files("vistoken.assets") / "LLAVA_MODEL_CARD.md").read_text()
+    for name in ("scenes", "easy"):
+        record = json.loads((RESULTS / f"vlm-tiny-{name}-h100.json").read_text())
+        row = record["rows"][0]
+        assert row["method"] == "dense"
+        cells = f"{row['n']:,} | {row['accuracy']:.2%} | {row['low'] * 100:.2f} - {row['high']:.2%}"
+        assert f"{cells} | {record['constant']:.1%} |".replace("%", " %") in card
+        if name == "scenes":
+            training = record["training"]
+            kinds = [f"{kind} {share * 100:.1f}" for kind, share in row["kinds"].items()]
+            assert ", ".join(kinds) in card and record["device"] in card
+            assert training["command"] in card
+            assert f"{training['steps']:,} steps of 192 scenes" in card
+            assert f"{training['pictures']:,} scenes" in card

@@ -19,6 +19,10 @@ import vistoken
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 45 * 2**20
+ASSETS = (
+    "deit_tiny_scenes.safetensors", "MODEL_CARD.md", "llava_tiny_scenes.safetensors",
+    "LLAVA_MODEL_CARD.md", "fashion_test_1000.npz", "LICENSE-fashion-mnist.txt",
+)  # fmt: skip
 
 pytestmark = pytest.mark.slow
 
@@ -75,6 +79,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     info = {name for name in names if name.split("/")[0].endswith(".dist-info")}
     assert names - info == released()
     assert {"vistoken/py.typed", "vistoken/models/nat.py", "vistoken/kernels/match.py"} <= names
+    assert {f"vistoken/assets/{name}" for name in ASSETS} <= names
     assert wheel.stat().st_size < LIMIT
 
 

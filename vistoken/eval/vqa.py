@@ -18,7 +18,7 @@ from vistoken.eval.options import EvalOptions
 from vistoken.eval.record import make_record, write_json
 from vistoken.eval.report import make_console, make_table, to_markdown
 from vistoken.eval.tiny_llava import load_tiny_llava, make_processor
-from vistoken.eval.vqa_cases import VqaCase, case_row, plan_vqa_cases
+from vistoken.eval.vqa_cases import VqaCase, case_row, kept_share, plan_vqa_cases
 from vistoken.eval.vqa_report import VQA_COLUMNS, plot_budgets
 from vistoken.eval.vqa_sources import Item, Source, batches, open_questions
 
@@ -115,27 +115,25 @@ def answer_all(
     cases: Sequence[VqaCase],
     options: EvalOptions,
     console: Any,
-) -> tuple[list[list[str]], list[Item], list[tuple[int, int]], list[float]]:
+) -> tuple[list[list[str]], list[Item], list[tuple[int, int]], list[float], list[float]]:
     """Put every question to every case.
 
     Returns:
         Answers per case, the questions without their pictures, image tokens before and after per
-        case, seconds per case.
+        case, the share of them that the first question's layers saw, seconds per case.
     """
     from rich.progress import Progress
 
     answers: list[list[str]] = [[] for _ in cases]
     tokens, seconds, asked = [(0, 0)] * len(cases), [0.0] * len(cases), list[Item]()
+    kept: list[float] = []
     count = len(questions) if options.limit is None else min(options.limit, len(questions))
     steps = -(-count // options.batch_size) * len(cases)
     with Progress(console=console) as progress:
         task = progress.add_task("answer", total=steps)
         for items in batches(questions, options.limit, options.batch_size):
-            inputs = processor(
-                images=[item.image for item in items],
-                text=[prompt_of(processor, item.question) for item in items],
-                padding=True, return_tensors="pt",
-            ).to(model.device, model.dtype)  # fmt: skip
+            inputs = read(model, processor, items)
+            kept = kept or [share_of(model, read(model, processor, items[:1]), c) for c in cases]
             asked += [dataclasses.replace(item, image=None) for item in items]
             for number, case in enumerate(cases):
                 begin = time.perf_counter()
@@ -147,7 +145,27 @@ def answer_all(
                 progress.advance(task)
     if not asked:
         raise ConfigError(f"--data {options.data} holds no questions")
-    return answers, asked, tokens, seconds
+    return answers, asked, tokens, kept, seconds
+
+
+def read(model: Any, processor: Any, items: Sequence[Item]) -> Any:
+    """The model's inputs for pictures and their questions."""
+    return processor(
+        images=[item.image for item in items],
+        text=[prompt_of(processor, item.question) for item in items],
+        padding=True, return_tensors="pt",
+    ).to(model.device, model.dtype)  # fmt: skip
+
+
+def share_of(model: Any, inputs: Any, case: VqaCase) -> float:
+    """Mean share of image tokens that the decoder's layers see of one question."""
+    if case.method is None:
+        return 1.0
+    wrap(model, case.method)
+    try:
+        return kept_share(model, dict(inputs))
+    finally:
+        unwrap(model)
 
 
 def prompt_of(processor: Any, question: str) -> str:
@@ -193,13 +211,15 @@ def make_rows(
     answers: Sequence[Sequence[str]],
     asked: Sequence[Item],
     tokens: Sequence[tuple[int, int]],
+    kept: Sequence[float],
     seconds: Sequence[float],
     options: EvalOptions,
 ) -> list[dict[str, Any]]:
     """One row of the results file per case."""
     rows = []
     total = len(asked)
-    for case, texts, counts, spent in zip(cases, answers, tokens, seconds, strict=True):
+    columns = zip(cases, answers, tokens, kept, seconds, strict=True)
+    for case, texts, counts, share, spent in columns:
         right = [same(text, item.answer) for text, item in zip(texts, asked, strict=True)]
         low, high = wilson_interval(sum(right), total)
         kinds: dict[str, list[bool]] = defaultdict(list)
@@ -208,7 +228,7 @@ def make_rows(
         agree = sum(map(same, texts, answers[0])) / total
         rows.append(
             {
-                "case": options.model, "dtype": options.precision, **case_row(case),
+                "case": options.model, "dtype": options.precision, **case_row(case), "kept": share,
                 "accuracy": sum(right) / total, "low": low, "high": high, "n": total,
                 "agreement": agree, "image_tokens": counts[0] or None, "tokens": counts[1] or None,
                 "kinds": {kind: sum(hits) / len(hits) for kind, hits in sorted(kinds.items())},

@@ -7,10 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from vistoken.api import unwrap, wrap
 from vistoken.errors import ScheduleError, UnsupportedMethodError
 from vistoken.methods import parse
+from vistoken.models.llava import find_language
 from vistoken.vlm import METHODS, FastV, LanguageMethod, LayerMethod, LayerRates, PyramidDrop
+from vistoken.vlm.base import ImageMethod
 
 
 @dataclass(frozen=True)
@@ -34,14 +38,44 @@ class VqaCase:
 
 
 def mean_share(method: LanguageMethod, depth: int) -> float:
-    """Mean share of image tokens over the decoder's layers that a method asks for."""
-    if not isinstance(method, LayerMethod):
+    """Mean share of image tokens over the decoder's layers that a method asks for.
+
+    Of methods that cut before the language model this is their budget, whatever follows inside it.
+    """
+    if not isinstance(method, LayerMethod) or isinstance(method, ImageMethod):
         return float(getattr(method, "budget", 1.0))
     stages, now, total = method.stages(depth), 1.0, 0.0
     for layer in range(depth):
         now = stages.get(layer, now)
         total += now
     return total / depth
+
+
+@torch.inference_mode()
+def kept_share(model: Any, inputs: dict[str, Any]) -> float:
+    """Mean share of image tokens, row ends included, that the decoder's layers really see.
+
+    Args:
+        model: wrapped or plain.
+        inputs: of its processor, one row with images and without padding.
+    """
+    host, lengths = find_language(model), list[int]()
+    hooks = [
+        block.register_forward_hook(
+            lambda _, args, output: lengths.append(
+                (output[0] if isinstance(output, tuple) else output).shape[1]
+            )
+        )
+        for block in host.decoder
+    ]
+    try:
+        model(**inputs, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    image = int((inputs["input_ids"] == host.base.config.image_token_id).sum())
+    text = inputs["input_ids"].shape[1] - image
+    return sum(length - text for length in lengths) / (image * len(lengths))
 
 
 def at_budget(cls: type[LanguageMethod], budget: float, depth: int) -> LanguageMethod:

@@ -24,6 +24,10 @@ STYLES: dict[str, tuple[str, str]] = {
 """Colour and marker of each method."""
 
 
+TICKS = (1, 2, 5, 10, 20, 40, 60, 100)
+"""Percentages on the plot's axis."""
+
+
 def _interval(row: Row) -> str:
     """The 95 % interval."""
     return f"{row['low'] * 100:.1f}-{row['high'] * 100:.1f}"
@@ -32,7 +36,8 @@ def _interval(row: Row) -> str:
 VQA_COLUMNS: tuple[Column, ...] = (
     ("method", lambda row: split_method(row)[0]),
     ("settings", lambda row: split_method(row)[1]),
-    ("share %", number("share", 1, 100)),
+    ("asked %", number("share", 1, 100)),
+    ("kept %", number("kept", 1, 100)),
     ("tokens", number("tokens", 0)),
     ("accuracy %", number("accuracy", 1, 100)),
     ("95 %", _interval),
@@ -42,11 +47,11 @@ VQA_COLUMNS: tuple[Column, ...] = (
 
 
 def plot_budgets(title: str, rows: Sequence[Row], constant: float, path: Path) -> Path:
-    """Accuracy against the mean share of image tokens over the decoder's layers.
+    """Accuracy against the mean share of image tokens that the decoder's layers saw.
 
     Args:
         title: above the plot.
-        rows: with `method`, `share`, `accuracy`, `low` and `high`; the dense one is called `dense`.
+        rows: with `method`, `kept`, `accuracy`, `low` and `high`; the dense one is called `dense`.
         constant: accuracy that needs no picture, a dotted line.
         path: PNG to write.
     """
@@ -58,7 +63,7 @@ def plot_budgets(title: str, rows: Sequence[Row], constant: float, path: Path) -
     axes: Any = figure.add_subplot()
     for name in dict.fromkeys(split_method(row)[0] for row in rows):
         points = sorted(
-            (row["share"], row["accuracy"], row["low"], row["high"])
+            (row["kept"], row["accuracy"], row["low"], row["high"])
             for row in rows if split_method(row)[0] == name
         )  # fmt: skip
         x, y, low, high = (
@@ -77,10 +82,11 @@ def plot_budgets(title: str, rows: Sequence[Row], constant: float, path: Path) -
         )  # fmt: skip
     axes.axhline(100 * constant, color="#999999", linewidth=0.8, linestyle=":", zorder=0)
     axes.set_xscale("log")
-    ticks = sorted({round(100 * row["share"], 1) for row in rows if row.get("budget")} | {100.0})
+    least = min(row["kept"] for row in rows)
+    ticks = [tick for tick in TICKS if tick >= 80 * least]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("image tokens, mean over the decoder's layers (%)")
+    axes.set_xlabel("image tokens seen, mean over the decoder's layers (%)")
     axes.set_ylabel("exact-match accuracy (%)")
     axes.set_title(title, loc="left", fontsize=11)
     axes.grid(alpha=0.25)
