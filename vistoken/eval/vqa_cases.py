@@ -60,6 +60,7 @@ def kept_share(model: Any, inputs: dict[str, Any]) -> float:
         inputs: of its processor, one row with images and without padding.
     """
     host, lengths = find_language(model), list[int]()
+    config: Any = host.base.config
     hooks = [
         block.register_forward_hook(
             lambda _, args, output: lengths.append(
@@ -73,9 +74,10 @@ def kept_share(model: Any, inputs: dict[str, Any]) -> float:
     finally:
         for hook in hooks:
             hook.remove()
-    image = int((inputs["input_ids"] == host.base.config.image_token_id).sum())
+    image = int((inputs["input_ids"] == config.image_token_id).sum())
     text = inputs["input_ids"].shape[1] - image
-    return sum(length - text for length in lengths) / (image * len(lengths))
+    seen = sum(length - text for length in lengths)
+    return float(seen) / (image * len(lengths))
 
 
 def at_budget(cls: type[LanguageMethod], budget: float, depth: int) -> LanguageMethod:
