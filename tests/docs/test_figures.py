@@ -176,3 +176,54 @@ def test_neighborhood_table() -> None:
                 close = 0.51 * 10 ** -len(text.partition(".")[2])
                 found = measured[case, method, direction]
                 assert float(text) == pytest.approx(found, abs=close), (case, method)
+
+
+def answers(name: str) -> dict[tuple[str, float], float]:
+    """Percent right by method and budget."""
+    return {
+        (row["method"].partition(":")[0], row["budget"]): 100 * row["accuracy"]
+        for row in rows(name)[1:]
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "heading"),
+    [
+        ("vlm-tiny-scenes-h100", "### Accuracy against budget"),
+        ("vlm-tiny-places-cpu", "**Places kept.**"),
+        ("vlm-tiny-easy-h100", "On **easy-vqa**"),
+    ],
+)
+def test_answers_of_the_tiny_llava(name: str, heading: str) -> None:
+    found = answers(name)
+    shown = {
+        (cells[0].strip("`"), budget): float(cell)
+        for cells in table_after("docs/vlm.md", heading)
+        for budget, cell in zip((0.05, 0.1, 0.2, 0.4, 0.6), cells[1:], strict=True)
+        if cell != "-"
+    }
+    assert shown.keys() == found.keys()
+    for key, value in shown.items():
+        assert value == pytest.approx(found[key], abs=0.051), key
+    dense = rows(name)[0]
+    interval = "{:.1f} ({:.1f} to {:.1f})".format(
+        *(100 * dense[key] for key in ("accuracy", "low", "high"))
+    )
+    text = (ROOT / "docs/vlm.md").read_text().partition(heading)[2].partition("![")[0]
+    assert interval in " ".join(text.partition("|")[0].split())
+
+
+def test_answers_in_the_readme() -> None:
+    text = " ".join((ROOT / "README.md").read_text().split())
+    found, dense = answers("vlm-tiny-scenes-h100"), rows("vlm-tiny-scenes-h100")[0]
+    places = answers("vlm-tiny-places-cpu")
+    assert f"answers {100 * dense['accuracy']:.1f} % of {dense['n']:,} questions" in text
+    for words, table, name in (
+        ("PyramidDrop {}", found, "pyramiddrop"),
+        ("HiRED {}", found, "hired"),
+        ("random tokens {}", found, "random_tokens"),
+        ("HiRED has {}", places, "hired"),
+        ("random tokens have {}", places, "random_tokens"),
+    ):
+        shown = [f"{table[name, budget]:.1f}" for budget in (0.6, 0.4, 0.2)]
+        assert words.format(" / ".join(shown)) in text, words
