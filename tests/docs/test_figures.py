@@ -102,6 +102,52 @@ def test_generation_table() -> None:
         assert [f"{row['ms']:.0f}", f"{row['peak_mib']:.0f}"] == [whole, peak]
 
 
+def test_what_pays() -> None:
+    text = " ".join((ROOT / "docs/results.md").read_text().split())
+    vit = {
+        (r["case"], r["batch"], r["method"]): r for r in rows("vit-h100") if r["mode"] == "graph"
+    }
+
+    def gains(name: str, least: int) -> list[float]:
+        found = [
+            r["per_second"] / vit[case, batch, "dense"]["per_second"]
+            for (case, batch, method), r in vit.items()
+            if method.startswith(name) and "patch16" in case and "eva" not in case
+            and batch >= least and not method.endswith("r=0")
+        ]  # fmt: skip
+        return [min(found), max(found)]
+
+    assert "{:.2f} to {:.2f} times the dense graph's speed |".format(*gains("diffrate", 8)) in text
+    assert "{:.2f} to {:.2f} times the dense graph's speed from".format(*gains("tome", 8)) in text
+    attention = {
+        (r["case"], r["method"], r["direction"]): r["ms"]
+        for r in rows("na-h100") if r["mode"] == "graph" and "14x14" not in r["case"]
+    }  # fmt: skip
+    ratios = [
+        attention[case, "sdpa full", way] / ms
+        for (case, method, way), ms in attention.items() if method == "vistoken"
+    ]  # fmt: skip
+    assert f"{min(ratios):.1f} to {max(ratios):.0f} times the speed of full attention" in text
+    models = {(r["case"], r["method"]): r["ms"] for r in rows("bra-models-h100")}
+    paths = [
+        models[f"biformer_base {side}", "gather"] / models[f"biformer_base {side}", "vistoken"]
+        for side in (224, 512)
+    ]
+    assert "{:.2f} and {:.2f} times the gather path".format(*paths) in text
+    rates = {(r["share"], r["method"]): r for r in rows("rates-h100") if "share" in r}
+    gain = rates[0.4, "learned by milliseconds"]["top1"]
+    gain -= rates[0.4, "closed form, same operator"]["top1"]
+    assert f"{100 * gain:.1f} points above closed-form counts" in text
+    llava = {(r["batch"], r["method"], r["mode"]): r for r in rows("vlm-h100")}
+    alone = llava[1, "dense", "eager"]["ms"] / llava[1, "dense", "graph"]["ms"]
+    assert f"{alone:.1f} times plain `generate` from graphs alone" in text
+    most = [next(r for r in rows("vlm-h100") if r.get("largest") and r["method"].startswith(name))
+            for name in ("dense", "hired")]  # fmt: skip
+    batches, speeds = ([row[key] for row in most] for key in ("batch", "per_second"))
+    assert f"{batches[1] / batches[0]:.1f} times as many sequences" in text
+    assert f"{speeds[1] / speeds[0]:.1f} times the tokens/s" in text
+
+
 def test_routing_table() -> None:
     measured = {(r["case"], r["method"], r.get("direction")): r for r in rows("bra-h100")}
     cases = list(dict.fromkeys(case for case, *_ in measured))
