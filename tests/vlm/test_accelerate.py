@@ -472,3 +472,28 @@ def test_settings_of_a_wrong_kind_are_named(llava, settings):
     (name,) = settings
     with pytest.raises(ConfigError, match=f"^{name}="):
         fast.generate(**batch_of(llava, [4]), do_sample=True, **settings)
+
+
+def test_settings_of_modules_are_noticed():
+    """As an adapter that is switched off is: no weight, hook or class changes."""
+
+    class Adapted(torch.nn.Linear):
+        def __init__(self, *sizes, **more):
+            super().__init__(*sizes, **more)
+            self.active = ["default"]
+
+        def forward(self, x):
+            return super().forward(x) * (-1 if self.active else 1)
+
+    model = make_llava()
+    layer = model.model.language_model.layers[1].mlp
+    adapted = Adapted(layer.up_proj.in_features, layer.up_proj.out_features, bias=False)
+    layer.up_proj = adapted
+    fast = vistoken.accelerate(model, max_new_tokens=2)
+    fast.generate(**batch_of(model, [4]))
+    seen = fast._snapshot
+    fast.generate(**batch_of(model, [4]))
+    assert fast._snapshot is seen
+    adapted.active.clear()
+    fast.generate(**batch_of(model, [4]))
+    assert fast._snapshot is not seen
