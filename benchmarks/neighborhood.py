@@ -9,29 +9,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import json
 import random
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import triton
-from neighborhood_tune import (
-    MORE,
-    PROBLEMS,
-    Clock,
-    Problem,
-    event_ms,
-    graph_ms,
-    relative,
-    say,
-    square,
-    tune,
-)
+from neighborhood_tune import MORE, PROBLEMS, Problem, square, tune
+from operators import Clock, event_ms, graph_ms, relative, save, say
 
 from vistoken.kernels import neighborhood_reference as reference
 from vistoken.kernels.neighborhood import na1d, na2d, na3d
@@ -206,7 +193,6 @@ def warm(problems: list[Problem], skip: set[str]) -> None:
 
 def bench(problems: list[Problem], clock: Clock, skip: set[str], folder: str | None) -> None:
     """Times of all implementations; the slow compilers come last, so that a limit cuts them."""
-    gpu = torch.cuda.get_device_name().split()[1].lower()
     rows: list[dict] = []
     for late in (False, True):
         for problem in problems:
@@ -220,7 +206,7 @@ def bench(problems: list[Problem], clock: Clock, skip: set[str], folder: str | N
                     rows += times(problem, name, call)
                 except Exception as error:
                     say("  failed", problem.name, name, type(error).__name__, str(error)[:200])
-            save(folder, f"na-{gpu}.json", rows)
+            save(folder, "na", rows, "--add" in sys.argv)
 
 
 def times(problem: Problem, name: str, call: Callable[..., torch.Tensor]) -> list[dict]:
@@ -267,26 +253,6 @@ def own_error(q, k, v, call) -> float:
     return relative(out[rows], score.softmax(-1) @ exact_v)
 
 
-def save(folder: str | None, name: str, rows: list[dict]) -> None:
-    if folder is None:
-        return
-    path, command = Path(folder) / name, " ".join(["python", *sys.argv])
-    old = json.loads(path.read_text()) if "--add" in sys.argv and path.exists() else {}
-    cases = {row["case"] for row in rows}
-    if old and not old["command"].endswith(command):
-        command = f"{old['command']} && {command}"
-    record = {
-        "device": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
-        "command": command,
-        "date": datetime.date.today().isoformat(),
-        "rows": [row for row in old.get("rows", []) if row["case"] not in cases] + rows,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    say("wrote", name)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="errors against float64")
@@ -310,7 +276,6 @@ def main() -> None:
     known = MORE if args.more else PROBLEMS
     problems = [known[int(i)] for i in args.problems.split(",")] if args.problems else known
     say(torch.cuda.get_device_name(), torch.__version__, triton.__version__)
-    gpu = torch.cuda.get_device_name().split()[1].lower()
     good = True
     if args.warm:
         warm(problems, set(args.skip.split(",")))
@@ -318,7 +283,7 @@ def main() -> None:
         good = check(clock, *map(int, args.share.split("/")))
     if args.tune:
         rows = tune(problems, args.passes.split(","), args.tiles, clock, args.workers)
-        save(args.out, f"na-tiles-{gpu}.json", rows)
+        save(args.out, "na-tiles", rows)
     if args.bench:
         bench(problems, clock, set(args.skip.split(",")), args.out)
     sys.exit(0 if good else 1)

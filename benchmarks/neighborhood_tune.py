@@ -1,16 +1,15 @@
-"""Problems of the neighborhood benchmark, timers, and the search for the fastest tiles."""
+"""Problems of the neighborhood benchmark, and the search for the fastest tiles."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import math
-import statistics
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass
 
 import torch
+from operators import Clock, graph_ms, relative, say
 from torch import Tensor
 
 from vistoken.kernels.neighborhood_tiles import Tile, boxes, choose, cost, shape_of, walks
@@ -78,52 +77,6 @@ MORE = [
     dataclasses.replace(PROBLEMS[3], rpb=True),
     dataclasses.replace(PROBLEMS[4], rpb=True),
 ]
-
-
-class Clock:
-    """Time left of `--seconds`."""
-
-    def __init__(self, seconds: float) -> None:
-        self.end = time.monotonic() + seconds
-
-    def over(self) -> bool:
-        return time.monotonic() > self.end
-
-
-def say(*words: object) -> None:
-    print(*words, flush=True)
-
-
-def graph_ms(call, repeats: int = 10, rounds: int = 15) -> float:
-    """Median milliseconds of one call, from replays of a CUDA graph of several."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            call()
-    graph.replay()
-    return event_ms(graph.replay, rounds) / repeats
-
-
-def event_ms(call, rounds: int = 15) -> float:
-    """Median milliseconds between events around single calls."""
-    times = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def relative(value: Tensor, exact: Tensor) -> float:
-    return ((value.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
 def tile_list(problem: Problem, kind: str, limit: int) -> list[Tile]:

@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import json
 import math
 import statistics
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import triton
-from neighborhood_tune import Clock, event_ms, graph_ms, relative, say
+from operators import Clock, event_ms, graph_ms, relative, save, say
 from routing_tune import MORE, PROBLEMS, Problem, tune
 from torch import Tensor
 
@@ -363,22 +360,6 @@ def bench_models(clock: Clock, folder: str | None) -> None:
                          "method": name, "mode": "graph", "ms": ms, "per_second": 64e3 / ms,
                          "peak_mib": memory})  # fmt: skip
         save(folder, "bra-models", rows)
-
-
-def save(folder: str | None, name: str, rows: list[dict]) -> None:
-    if folder is None:
-        return
-    gpu = torch.cuda.get_device_name().split()[1].lower()
-    record = {
-        "device": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-        "rows": rows,
-    }
-    path = Path(folder) / f"{name}-{gpu}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def main() -> None:

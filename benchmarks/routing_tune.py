@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from neighborhood_tune import Clock, graph_ms, relative, say
+from operators import Clock, graph_ms, relative, say
 from torch import Tensor
 
 from vistoken.kernels import triton_routing, triton_routing_gradients
