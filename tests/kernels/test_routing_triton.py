@@ -14,6 +14,7 @@ from vistoken.kernels import routing_ops as ops
 from vistoken.kernels import routing_reference as reference
 from vistoken.kernels import triton_routing as kernels
 from vistoken.kernels import triton_routing_gradients as gradients
+from vistoken.kernels import triton_routing_launch as launch
 from vistoken.kernels.routing import routed_attention
 from vistoken.kernels.routing_regions import Routing, count_regions
 from vistoken.kernels.routing_tiles import Tile, choose, parts
@@ -102,6 +103,27 @@ CASES = {
 def test_kernels(name):
     grid, size, listed, options = CASES[name]
     compare(grid, size, listed, **options)
+
+
+@pytest.mark.parametrize("dim", [16, 24])
+@pytest.mark.parametrize("size", [(7, 7), (3, 14), (4, 10)])
+def test_tiles_of_narrow_heads_in_half_precision(size, dim, monkeypatch):
+    ran = []
+
+    def plan(own, walked, listed, q, kind, tile=None):
+        # Values stay in float32, whose error is small: only the tiles are those of two bytes.
+        ran.append(launch.constants_of(own, walked, listed, q.shape[-1], 2, kind))
+        return ran[-1][0], {**ran[-1][1], "PRECISION": "tf32x3"}
+
+    for module in (kernels, gradients):
+        monkeypatch.setattr(module, "plan", plan)
+    compare((9, 15), size, 2, heads=2, dim=dim, per_head=True)
+    forward, query, key = (tile for tile, _ in ran)
+    # Two rows of a region at a time, or as many as fit.
+    assert forward.walk == query.walk == {(7, 7): (2, 7), (3, 14): (2, 14), (4, 10): (2, 10)}[size]
+    assert math.prod(key.walk) > 32
+    for tile, rows in ((forward, 64), (query, 64), (key, 32)):
+        assert tile.warps == max(1, tile.rows // rows)
 
 
 def test_the_operator_runs_the_kernels_and_its_gradients(monkeypatch):
