@@ -89,7 +89,12 @@ def test_upscaled_pictures_are_normalised() -> None:
 
 @pytest.mark.parametrize(
     ("given", "text"),
-    [({"stored": 225}, "stored=225"), ({"scale": (0.5, 0.1)}, "scale"), ({"limit": 0}, "limit=0")],
+    [
+        ({"stored": 225}, "stored=225"),
+        ({"scale": (0.5, 0.1)}, "scale"),
+        ({"limit": 0}, "limit=0"),
+        ({"batch_size": 7, "cutmix": 1.0}, "batch_size=7"),
+    ],
 )
 def test_wrong_settings_are_named(photos: Path, given: dict, text: str) -> None:
     with pytest.raises(ConfigError, match=text):

@@ -175,6 +175,8 @@ class MemoryImages(LightningDataModule):  # type: ignore[misc]
         self.tables: dict[str, Table] = {}
         self.mix: Mixup | None = None
         if mixup or cutmix:
+            if batch_size % 2:
+                raise ConfigError(f"batch_size={batch_size}: mixup and cutmix need an even number")
             self.mix = Mixup(mixup, cutmix, label_smoothing=0.0, num_classes=num_classes)
 
     def table(self, part: str) -> Table:
@@ -246,6 +248,6 @@ class MemoryImages(LightningDataModule):  # type: ignore[misc]
         if given["jitter"]:
             x = jittered(x, given["jitter"])
         x = standardised(x, *look)
-        if self.mix is not None and len(x) % 2 == 0:
+        if self.mix is not None:
             x, labels = self.mix(x, labels)
         return x, labels
