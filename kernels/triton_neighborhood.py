@@ -230,12 +230,13 @@ def forward(
         q if rpb is None else rpb.contiguous(),
         *strides(q), *strides(k), *strides(v), *extras(extra_k), *extras(extra_v),
         *launch.sizes, heads, heads // k.shape[-2], count, scale * LOG2E,
-        EXTRA=extra_block(count), RPB=rpb is not None, WIDE=wide(q, k, v),
+        EXTRA=extra_block(count, q), RPB=rpb is not None, WIDE=wide(q, k, v),
         BOUNDED=q.dtype != torch.float16, **launch.constants,
     )  # fmt: skip
     return out, lse
 
 
-def extra_block(count: int) -> int:
-    """Rows of a block of extra tokens."""
-    return 0 if count == 0 else min(64, max(16, triton.next_power_of_2(count)))
+def extra_block(count: int, q: Tensor) -> int:
+    """Rows of a block of extra tokens; rows of 1 KiB leave no room for 64 beside the tiles."""
+    most = 32 if triton.next_power_of_2(q.shape[-1]) * q.element_size() > 512 else 64
+    return 0 if count == 0 else min(most, max(16, triton.next_power_of_2(count)))

@@ -85,7 +85,7 @@ def query_gradient(
         q if rpb is None else rpb.contiguous(),
         *strides(q), *strides(k), *strides(v), *strides(grad), *extras(extra_k), *extras(extra_v),
         *launch.sizes, heads, heads // k.shape[-2], count, scale, scale * LOG2E,
-        EXTRA=extra_block(count), RPB=rpb is not None, GRAD_LSE=grad_lse is not None,
+        EXTRA=extra_block(count, q), RPB=rpb is not None, GRAD_LSE=grad_lse is not None,
         WIDE=wide(q, k, v, grad), **launch.constants,
     )  # fmt: skip
     return dq, delta

@@ -140,6 +140,6 @@ def forward(
         index.shape[-1], *list_strides(index), heads, heads // k.shape[-2], count,
         k.shape[2] - q.shape[2], scale * LOG2E,
         COUNTED=counts is not None, PADS=routing.pads, CAUSAL=routing.causal,
-        EXTRA=extra_block(count), WIDE=wide(q, k, v), **constants,
+        EXTRA=extra_block(count, q), WIDE=wide(q, k, v), **constants,
     )  # fmt: skip
     return out, lse

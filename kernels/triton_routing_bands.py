@@ -235,7 +235,7 @@ def forward(
         *strides(q), *strides(k), *strides(v), *extras(extra_k), *extras(extra_v),
         *grid, *size, tile.own, tile.bands * size[0], index.shape[-1], *list_strides(index),
         heads, heads // k.shape[-2], count, scale * LOG2E,
-        EXTRA=extra_block(count), WIDE=wide(q, k, v), **constants,
+        EXTRA=extra_block(count, q), WIDE=wide(q, k, v), **constants,
     )  # fmt: skip
     return out, lse
 
@@ -271,7 +271,7 @@ def backward(
         dq, dk, dv, index, q if extra_k is None else extra_k, q if extra_v is None else extra_v,
         *strides(q), *strides(k), *strides(v), *strides(grad), *extras(extra_k), *extras(extra_v),
         *grid, *size, tile.own, tile.bands * size[0], index.shape[-1], *list_strides(index),
-        heads, count, scale, scale * LOG2E, EXTRA=extra_block(count),
+        heads, count, scale, scale * LOG2E, EXTRA=extra_block(count, q),
         GRAD_LSE=grad_lse is not None, WIDE=wide(q, k, v, grad), **constants,
     )  # fmt: skip
     if extra_k is None or extra_v is None:

@@ -83,7 +83,7 @@ def query_gradient(
         index.shape[-1], *list_strides(index), heads, heads // k.shape[-2], count,
         k.shape[2] - q.shape[2], scale, scale * LOG2E,
         COUNTED=counts is not None, CAUSAL=routing.causal,
-        EXTRA=extra_block(count), GRAD_LSE=grad_lse is not None, WIDE=wide(q, k, v, grad),
+        EXTRA=extra_block(count, q), GRAD_LSE=grad_lse is not None, WIDE=wide(q, k, v, grad),
         **constants,
     )  # fmt: skip
     return dq, delta

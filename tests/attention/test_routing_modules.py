@@ -146,6 +146,8 @@ def test_compiles_without_graph_break_and_exports() -> None:
         {"num_heads": 0},
         {"n_win": 0},
         {"topk": 0},
+        {"topk": 2.5},
+        {"n_win": True},
         {"side_dwconv": 4},
         {"side_dwconv": -1},
         {"pad_keys": "drop"},

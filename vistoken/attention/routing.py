@@ -56,8 +56,8 @@ class BiLevelRoutingAttention(nn.Module):
                 f"dim={dim}, num_heads={num_heads}: the width must be a multiple of the heads"
             )
         for name, value in (("n_win", n_win), ("topk", topk)):
-            if value < 1:
-                raise ConfigError(f"{name}={value}: must be 1 or larger")
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name}={value!r}: must be a whole number, 1 or larger")
         if side_dwconv < 0 or (side_dwconv and side_dwconv % 2 == 0):
             raise ConfigError(f"side_dwconv={side_dwconv}: must be odd, or 0 for none")
         if pad_keys not in PADS:
