@@ -57,8 +57,8 @@ def routed_attention(
         return_lse: also return the natural logarithm of the softmax sums, `[B, X, Y, H]` in
             float32 (float64 for float64); it carries gradients.
         distinct: the caller's word that no list has a region twice, as those of `route`; small maps
-            are faster with it, and wrong where it does not hold. What is not finite in a region then
-            also reaches queries that do not list it.
+            are faster with it, and wrong where it does not hold. Values of a region that are not
+            finite then reach queries that do not list it, too.
 
     Returns:
         `[B, X, Y, H, Dv]` in the type of q, contiguous; with `return_lse` a pair. Queries without
