@@ -148,6 +148,17 @@ def test_what_pays() -> None:
     assert f"{speeds[1] / speeds[0]:.1f} times the tokens/s" in text
 
 
+def test_maps_table() -> None:
+    found = {(r["label"], r["share"]): r for r in rows("dense-cpu") if r["method"] != "dense"}
+    table = table_after("docs/results.md", "## A task that reads every patch")
+    assert sum(cell != "-" for row in table for cell in row[1:]) == len(found)
+    for name, *cells in table:
+        for share, cell in zip((0.7, 0.55, 0.4), cells, strict=True):
+            if cell != "-":
+                row = found[name.strip("`"), share]
+                assert cell == f"{row['iou']:.3f} ({row['mae']:.3f})"
+
+
 def test_routing_table() -> None:
     measured = {(r["case"], r["method"], r.get("direction")): r for r in rows("bra-h100")}
     cases = list(dict.fromkeys(case for case, *_ in measured))
