@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from vistoken.api import wrap
+from vistoken.train.averaged import Averaged
 from vistoken.train.backbone import make_backbone
-from vistoken.train.order import StepSeeds
-from vistoken.train.schedules import cosine_factor, time_progress
 from vistoken.train.start import load_start
 
 Batch = tuple[Tensor, Tensor]
 
 
-class Classifier(LightningModule):  # type: ignore[misc]
+class Classifier(Averaged):
     """Cross-entropy training of a timm classifier, whole or under a method at fixed counts.
 
     Args:
@@ -80,16 +74,10 @@ class Classifier(LightningModule):  # type: ignore[misc]
         self.net.train()
         if method is not None:
             wrap(self.net, method)
-        self.ema: ModelEmaV3 | None = None
-        if ema_decay > 0:
-            self.ema = ModelEmaV3(self.net, decay=ema_decay, use_warmup=True).requires_grad_(False)
+        self.keep_average(ema_decay)
         self.label_smoothing = label_smoothing
         # Argument checks would make the host wait for the device at every batch.
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
-
-    def evaluation_net(self) -> nn.Module:
-        """Return the averaged model, or the trained one where no average is kept."""
-        return self.net if self.ema is None else self.ema.module
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits `[B, classes]` of normalised images `[B, 3, H, W]`."""
@@ -101,10 +89,6 @@ class Classifier(LightningModule):  # type: ignore[misc]
         if self.hparams["compile"]:
             self.net.compile()
 
-    def configure_callbacks(self) -> list[Any]:
-        """Seeds of every step, so that stochastic depth draws alike where a run resumes."""
-        return [StepSeeds()]
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the smoothed cross-entropy of one batch."""
         images, labels = batch
@@ -114,18 +98,6 @@ class Classifier(LightningModule):  # type: ignore[misc]
         classes = labels if labels.dim() == 1 else labels.argmax(1)  # Mixed pictures: the larger.
         self.log("train/top1", (logits.detach().argmax(1) == classes).float().mean())
         return loss
-
-    def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Any,
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> None:
-        """A step, and the average towards the new weights before a checkpoint can be written."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self.ema is not None:
-            self.ema.update(self.net, step=self.global_step + 1)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count the averaged model's hits."""
@@ -160,17 +132,4 @@ class Classifier(LightningModule):  # type: ignore[misc]
         )
         for group in optimizer.param_groups:  # timm leaves the layers' factors to its schedulers.
             group["lr"] *= group.get("lr_scale", 1.0)
-        total = self.trainer.estimated_stepping_batches
-
-        @lru_cache(maxsize=1)  # Every group asks at each step, and processes agree on the answer.
-        def progress(step: int) -> float:
-            return max(float(step / total), time_progress(self.trainer))
-
-        def factor(step: int) -> float:
-            return cosine_factor(progress(step), self.hparams["warmup"])
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        return self.with_cosine(optimizer, self.hparams["warmup"])

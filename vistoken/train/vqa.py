@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3
 from torch import Tensor
 from torchmetrics import MeanMetric
 
 from vistoken.eval.tiny_llava import WEIGHTS_FILE, make_tiny_llava, tiny_config
-from vistoken.train.schedules import cosine_factor, time_progress
+from vistoken.train.averaged import Averaged
 from vistoken.train.vqa_data import VqaBatch
 from vistoken.train.vqa_forward import PackedTurns, Pass
 
 
-class VqaTraining(LightningModule):  # type: ignore[misc]
+class VqaTraining(Averaged):
     """Cross-entropy of answers plus two losses on the tower, which are dropped afterwards.
 
     A tower from random weights sees nothing, so answers alone teach it slowly. Where the data knows
@@ -66,15 +62,9 @@ class VqaTraining(LightningModule):  # type: ignore[misc]
         wide = self.net.config.vision_config.hidden_size
         self.patch_head = torch.nn.Linear(wide, labels + 1)
         self.tile_head = torch.nn.Linear(wide, labels)
-        self.ema: ModelEmaV3 | None = None
-        if ema_decay > 0:
-            self.ema = ModelEmaV3(self.net, decay=ema_decay, use_warmup=True).requires_grad_(False)
+        self.keep_average(ema_decay)
         self.turns = PackedTurns(self.net, compile)
         self.hits = MeanMetric()
-
-    def evaluation_net(self) -> Any:
-        """The averaged model, or the trained one where no average is kept."""
-        return self.net if self.ema is None else self.ema.module
 
     def training_step(self, batch: VqaBatch, batch_idx: int) -> Tensor:
         """The weighted losses of one batch."""
@@ -102,18 +92,6 @@ class VqaTraining(LightningModule):  # type: ignore[misc]
             self.log("train/tile", tile, batch_size=len(batch.tiles))
             loss = loss + self.hparams["tile_weight"] * tile
         return loss
-
-    def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Any,
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> None:
-        """A step, and the average towards the new weights before a checkpoint can be written."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self.ema is not None:
-            self.ema.update(self.net, step=self.global_step + 1)
 
     def validation_step(self, batch: VqaBatch, batch_idx: int) -> None:
         """Count answers of the averaged model that are right to the word."""
@@ -151,20 +129,7 @@ class VqaTraining(LightningModule):  # type: ignore[misc]
             trained, opt=self.hparams["optimizer"], weight_decay=self.hparams["weight_decay"],
             **options,
         )  # fmt: skip
-        total = self.trainer.estimated_stepping_batches
-
-        @lru_cache(maxsize=1)
-        def progress(step: int) -> float:
-            return max(float(step / total), time_progress(self.trainer))
-
-        def factor(step: int) -> float:
-            return cosine_factor(progress(step), self.hparams["warmup"])
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        return self.with_cosine(optimizer, self.hparams["warmup"])
 
 
 def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
