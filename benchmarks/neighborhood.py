@@ -191,7 +191,9 @@ def warm(problems: list[Problem], skip: set[str]) -> None:
                 say("failed", problem.name, name, type(error).__name__)
 
 
-def bench(problems: list[Problem], clock: Clock, skip: set[str], folder: str | None) -> None:
+def bench(
+    problems: list[Problem], clock: Clock, skip: set[str], folder: str | None, add: bool
+) -> None:
     """Times of all implementations; the slow compilers come last, so that a limit cuts them."""
     rows: list[dict] = []
     for late in (False, True):
@@ -206,7 +208,7 @@ def bench(problems: list[Problem], clock: Clock, skip: set[str], folder: str | N
                     rows += times(problem, name, call)
                 except Exception as error:
                     say("  failed", problem.name, name, type(error).__name__, str(error)[:200])
-            save(folder, "na", rows, "--add" in sys.argv)
+            save(folder, "na", rows, add)
 
 
 def times(problem: Problem, name: str, call: Callable[..., torch.Tensor]) -> list[dict]:
@@ -285,7 +287,7 @@ def main() -> None:
         rows = tune(problems, args.passes.split(","), args.tiles, clock, args.workers)
         save(args.out, "na-tiles", rows)
     if args.bench:
-        bench(problems, clock, set(args.skip.split(",")), args.out)
+        bench(problems, clock, set(args.skip.split(",")), args.out, args.add)
     sys.exit(0 if good else 1)
 
 

@@ -176,6 +176,13 @@ def test_routing_table() -> None:
             assert shown == f"{ratio:.1f}x"
         peaks = [found[method, "fwd+bwd"]["peak_mib"] for method in ("vistoken", "gather")]
         assert memory == "{:.0f} / {:.0f}".format(*peaks)
+    shares = [
+        measured[case, "vistoken routing", "fwd"]["ms"]
+        / measured[case, "vistoken layer", "fwd"]["ms"]
+        for case in cases
+    ]
+    text = " ".join((ROOT / "docs/routing.md").read_text().split())
+    assert f"took {100 * min(shares):.0f} to {100 * max(shares):.0f} % of a layer" in text
 
 
 def test_rates_tables() -> None:

@@ -98,3 +98,18 @@ def test_words_name_every_product():
 
 def test_large_batches_are_checked_inside_the_cache(parts):
     assert choose_plan(parts, 150) == (Plan(), "fused chain")
+
+
+@pytest.mark.parametrize("wrong", ["output", "keys", "values"])
+def test_a_prompt_that_differs_keeps_the_models_own_layers(parts, wrong, monkeypatch):
+    right = decode_plan.prefill_layer
+
+    def changed(layer, x, cos, sin, keys, values):
+        out = right(layer, x, cos, sin, keys, values)
+        {"output": out, "keys": keys, "values": values}[wrong][:, :, -5:] *= -1
+        return out
+
+    assert choose_plan(parts, 2)[0] is not None
+    monkeypatch.setattr(decode_plan, "prefill_layer", changed)
+    plan, words = choose_plan(parts, 2)
+    assert plan is None and "differs from the model's own" in words
