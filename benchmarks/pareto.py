@@ -4,8 +4,9 @@
 
 One row per data set, method and budget: top-1 with its interval and the paired difference to the
 dense model, agreement with it, GFLOPs, images per second as a CUDA graph beside the dense graph,
-peak memory. Rows that the results file holds already are skipped, so a run can be cut and goes on.
-Writes `pareto-<gpu>.json`, `.md` and two PNG pictures per data set.
+peak memory, and which pictures were hit. Rows that the results file holds already are skipped, so a
+run can be cut and goes on. Writes `pareto-<gpu>.json`, `.md` and two PNG pictures per data set;
+`pareto_report.py` joins files of several runs.
 """
 
 from __future__ import annotations
@@ -32,10 +33,13 @@ from vistoken.api import attachment_of
 from vistoken.errors import ScheduleError, VistokenError
 from vistoken.eval.record import make_record, write_json
 from vistoken.methods import METHODS, DiffRate, Method, ToMe, parse
+from vistoken.schedule import Schedule
 
 Row = dict[str, Any]
 LEARNED = {"diffrate/gflops": "flops", "diffrate/ms": "latency"}
 """Names of the configuration, and the cost that counts are learned by."""
+PLAIN = ("dense", "dense/compiled")
+"""Rows without a method."""
 SPEED = ("mode", "ms", "per_second", "dense_ms", "speedup", "peak_mib")
 
 
@@ -50,7 +54,8 @@ class Work:
     @property
     def label(self) -> str:
         """What groups rows in tables and pictures."""
-        known = {"dense": "dense", "diffrate": "diffrate, closed form", "tome:r=0": "chain only",
+        known = {"dense": "dense", "dense/compiled": "dense, compiled",
+                 "diffrate": "diffrate, closed form", "tome:r=0": "chain only",
                  "diffrate/gflops": "diffrate, learned by GFLOPs",
                  "diffrate/ms": "diffrate, learned by ms"}  # fmt: skip
         name = self.name.partition(":")[0]
@@ -58,28 +63,41 @@ class Work:
             name = "diffrate, published counts"
         return known.get(self.name, name) + (" + 1 epoch" if self.tuned else "")
 
+    @property
+    def part(self) -> str:
+        """What `--parts` chooses by: a kind of budget, or rows that have none."""
+        if self.budget is None:
+            return "tuned" if self.tuned else "fixed"
+        return {"x": "speed", "f": "speed"}.get(self.budget[-1], "share")
+
 
 def plan(config: dict[str, Any], given: argparse.Namespace) -> list[Work]:
     """The rows of one data set, most telling first."""
     work = [Work("dense")]
     if "tome:r=0" in config.get("fixed", []):
         work.append(Work("tome:r=0"))
-    budgets = given.budgets or config["budgets"]
-    work += [Work(name, str(b)) for b in budgets for name in config["methods"]]
+    for group in config["sweeps"]:
+        budgets = [str(b) for b in group["budgets"]]
+        budgets = [b for b in budgets if given.budgets is None or b in given.budgets]
+        work += [Work(name, b) for b in budgets for name in group["methods"]]
     work += [Work(name) for name in config.get("fixed", [])]
     work += [Work(name, tuned=True) for name in config.get("tuned", [])]
     if given.methods is not None:
         work = [w for w in work if w.name == "dense" or w.name.partition(":")[0] in given.methods]
+    if given.parts is not None:
+        work = [w for w in work if w == Work("dense") or w.part in given.parts]
     return list(dict.fromkeys(work))
 
 
-def find_method(work: Work, bench: Bench, task: Task, store: Path) -> tuple[Method | None, Row]:
+def find_method(
+    work: Work, bench: Bench, task: Task, store: Path, known: list[Row]
+) -> tuple[Method | None, Row]:
     """The method of a row, learned if need be, and what is to be noted about it.
 
     Raises:
         ScheduleError: the budget is out of the method's reach.
     """
-    if work.name == "dense":
+    if work.name in PLAIN:
         return None, {}
     if work.budget is None:
         return parse(work.name), {}
@@ -92,13 +110,24 @@ def find_method(work: Work, bench: Bench, task: Task, store: Path) -> tuple[Meth
     cost = LEARNED[work.name]
     target: Row = {"target_gflops": closed.gflops(bench.shape)}
     if cost == "latency":
-        target = {"cost": cost, "target_speedup": table.speedup(closed),
+        # At a share of the GFLOPs the time to keep is that of the counts learned by GFLOPs.
+        rival = closed if work.part == "speed" else learned_by_flops(work, task, known) or closed
+        target = {"cost": cost, "target_speedup": table.speedup(rival),
                   "latency_table": str(bench.table_file("diffrate"))}  # fmt: skip
     folder = store / f"{task.name}-{cost}-{work.budget}"
     method, notes = learn_counts(bench, task, folder, target)
     schedule = method.plan(bench.shape)
     notes |= {"schedule": schedule.to_dict(), "removed": schedule.removed}
     return method, notes
+
+
+def learned_by_flops(work: Work, task: Task, known: list[Row]) -> Schedule | None:
+    """What was learned by GFLOPs for this budget, if it was."""
+    key = {"case": task.name, "wanted": "diffrate/gflops", "budget": work.budget}
+    for row in known:
+        if "schedule" in row and all(row[name] == value for name, value in key.items()):
+            return Schedule.from_dict(row["schedule"])
+    return None
 
 
 def at_budget(cls: type[Method], budget: str, bench: Bench) -> Method:
@@ -117,15 +146,15 @@ def measure_row(
     work: Work, bench: Bench, task: Task, store: Path, known: list[Row], seed: int
 ) -> Row:
     """One row: the method, its speed (taken over from an equal row), its accuracy."""
-    method, notes = find_method(work, bench, task, store)
-    text = "dense" if method is None else method.to_string()
+    method, notes = find_method(work, bench, task, store, known)
+    text = work.name if method is None else method.to_string()
     if "schedule" in notes:
         text = f"{work.name} at {work.budget}"
     model = bench.load(task)
     if work.tuned:
         model, more = tune(bench, task, method)
         notes |= more
-    run = bench.run(model, method)
+    run = bench.run(model, method, compiled=work.name == "dense/compiled")
     classes = predictions(run, task.images, bench.batch, seed)
     if work == Work("dense"):
         task.dense_classes = classes
@@ -207,8 +236,10 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--methods", nargs="*", help="names to keep; dense always is")
-    parser.add_argument("--budgets", nargs="*", help="instead of those of the configuration")
+    parser.add_argument("--budgets", nargs="*", help="budgets of the configuration to keep")
     parser.add_argument("--data", nargs="*", help="data sets to keep")
+    parser.add_argument("--parts", nargs="*", choices=["speed", "share", "fixed", "tuned"],
+                        help="rows to keep; dense always is")  # fmt: skip
     parser.add_argument("--seconds", type=float, help="start no row after so many seconds")
     parser.add_argument("--speed_seconds", type=float, default=0.6, help="timing per row")
     parser.add_argument("--limit", type=int, help="pictures per split")

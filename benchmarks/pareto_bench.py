@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import statistics
 import time
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
@@ -71,8 +73,11 @@ class Bench:
             vistoken.unwrap(self.model)
         return self.model
 
-    def run(self, model: nn.Module, method: Method | None) -> Run:
-        """A model under a method, ready to run."""
+    def run(self, model: nn.Module, method: Method | None, compiled: bool = False) -> Run:
+        """A model under a method, ready to run; `compiled` is for the dense model."""
+        if compiled:
+            built: nn.Module = torch.compile(model)  # type: ignore[assignment]
+            return capture(built, self.on_gpu)
         if method is None:
             return self.dense if model is self.model and self.dense else capture(model, self.on_gpu)
         return capture(vistoken.wrap(model, method), self.on_gpu)
@@ -172,7 +177,13 @@ def score(classes: Tensor, task: Task) -> Row:
         "dense_top1": float(dense.mean()), "minus_dense": float(gain.mean()),
         "minus_dense_half95": half, "n": count,
         "agreement": float((classes == task.dense_classes).double().mean()),
+        "hits": pack(hits > 0),
     }  # fmt: skip
+
+
+def pack(hits: Tensor) -> str:
+    """Which pictures were hit, `[n]` bool, as text: bits, eight to a byte, in base64."""
+    return base64.b64encode(np.packbits(hits.numpy()).tobytes()).decode()
 
 
 @torch.no_grad()

@@ -1,10 +1,21 @@
-"""A sweep as a table and as pictures: accuracy against images per second and against GFLOPs."""
+"""A sweep as a table and as pictures: accuracy against images per second and against GFLOPs.
+
+    python benchmarks/pareto_report.py runs/*/pareto-h100.json --out benchmarks/results
+
+joins the rows of several runs, for example of one per data set, and writes the report anew.
+"""
 
 from __future__ import annotations
 
+import argparse
+import base64
+import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 Row = dict[str, Any]
 STYLES: dict[str, tuple[str, str]] = {
@@ -23,6 +34,8 @@ STYLES: dict[str, tuple[str, str]] = {
     "bra": ("#80CDC1", "H"),
 }
 """Colour and marker of each method; sparse attention keeps its own, tuned rows are hollow."""
+SINGLE = {"dense": ("*", "black"), "dense, compiled": ("*", "white"), "chain only": ("o", "white")}
+"""Marker and filling of single points."""
 
 
 def front(points: Sequence[tuple[float, float]], falling: bool = False) -> list[int]:
@@ -55,6 +68,42 @@ def best(rows: Sequence[Row], axis: str) -> list[Row]:
     return [own[i] for i in front([(r[axis], r["top1"]) for r in own], axis == "gflops")]
 
 
+def compare(row: Row, other: Row) -> tuple[float, float]:
+    """Top-1 of a row minus that of another on the same pictures, and half its 95 % interval."""
+    gain = unpack(row).astype(float) - unpack(other).astype(float)
+    return float(gain.mean()), 1.96 * float(gain.std()) / math.sqrt(len(gain))
+
+
+def unpack(row: Row) -> np.ndarray:
+    """Which pictures were hit, `[n]` bool."""
+    bits = np.frombuffer(base64.b64decode(row["hits"]), np.uint8)
+    return np.unpackbits(bits, count=row["n"]).astype(bool)
+
+
+def contests(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """Learned counts of a data set, each beside every other row of the same budget."""
+    learned = [row for row in rows if "schedule" in row]
+    return [(row, other) for row in learned for other in rows
+            if other is not row and other["budget"] == row["budget"]
+            and not ("schedule" in other and row["wanted"] < other["wanted"])]  # fmt: skip
+
+
+def _contest_lines(rows: Sequence[Row]) -> list[str]:
+    """Learned counts against the others, as a Markdown table."""
+    found = contests(rows)
+    if not found:
+        return []
+    lines = ["", "| learned | budget | against | top-1 points, paired (95 %) | GFLOPs | images/s |",
+             "|---|--:|---|--:|--:|--:|"]  # fmt: skip
+    for row, other in sorted(found, key=lambda p: (p[0]["label"], str(p[0]["budget"]))):
+        gain, half = compare(row, other)
+        lines.append(f"| {row['label']} | {row['budget']} | {other['label']} "
+                     f"| {100 * gain:+.2f} ± {100 * half:.2f} "
+                     f"| {row['gflops'] / other['gflops']:.3f}x "
+                     f"| {row['per_second'] / other['per_second']:.3f}x |")  # fmt: skip
+    return lines
+
+
 def to_markdown(record: dict[str, Any]) -> str:
     """All rows as Markdown tables, one per data set; stars mark the two fronts."""
     lines = ["# Accuracy against measured time", ""]
@@ -68,6 +117,7 @@ def to_markdown(record: dict[str, Any]) -> str:
                   "| speed-up | peak MiB | settings |",
                   "|---|--:|--:|--:|--:|--:|--:|--:|--:|---|"]  # fmt: skip
         lines += [_line(row, id(row) in fast, id(row) in lean) for row in rows]
+        lines += _contest_lines(rows)
         left = [r for r in record["rows"] if r["case"] == case and "left_out" in r]
         lines += ["", *(f"- {r['label']} at {r['budget']}: {r['left_out']}" for r in left), ""]
     made = ", ".join(f"{name} {text}" for name, text in record["versions"].items())
@@ -137,8 +187,8 @@ def _limits(values: Sequence[float], low: float, high: float) -> tuple[float, fl
 def _series(axes: Any, label: str, points: list[tuple[float, float]]) -> None:
     """One method; the dense model and the fused chain are single marks."""
     x, y = zip(*points, strict=True)
-    if label in ("dense", "chain only"):
-        marker, fill = ("*", "black") if label == "dense" else ("o", "white")
+    if label in SINGLE:
+        marker, fill = SINGLE[label]
         axes.plot(x, y, marker, color="black", markersize=14, zorder=6, markerfacecolor=fill,
                   label=label)  # fmt: skip
         return
@@ -147,9 +197,8 @@ def _series(axes: Any, label: str, points: list[tuple[float, float]]) -> None:
     dashes = "--" if name in ("random", "pool") else "-"
     sparse = name in ("na", "bra", "dense")
     style: Callable[..., Any] = axes.plot
-    style(x, y, "" if sparse else dashes, linestyle="none" if sparse else dashes, marker=marker,
-          color=colour, markerfacecolor="white" if tuned else colour, label=label, markersize=7,
-          linewidth=1.6)  # fmt: skip
+    style(x, y, linestyle="none" if sparse else dashes, marker=marker, color=colour, label=label,
+          markerfacecolor="white" if tuned else colour, markersize=7, linewidth=1.6)  # fmt: skip
 
 
 def write_report(record: dict[str, Any], path: Path) -> list[Path]:
@@ -166,3 +215,40 @@ def write_report(record: dict[str, Any], path: Path) -> list[Path]:
             title = f"{rows[0]['model']} on {case}, n = {rows[0]['n']}, {record['device']}"
             written.append(draw(rows, axis, title, picture))
     return written
+
+
+def join(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One record of several runs; of rows that answer the same, the first stays.
+
+    Raises:
+        ValueError: the runs differ in device or versions.
+    """
+    first = records[0]
+    for key in ("device", "versions"):
+        values = [record[key] for record in records]
+        if any(value != values[0] for value in values):
+            raise ValueError(f"runs differ in {key}: {values}")
+    rows: dict[tuple[Any, ...], Row] = {}
+    for row in (row for record in records for row in record["rows"]):
+        rows.setdefault((row["case"], row["label"], row["wanted"], row["budget"]), row)
+    commands = dict.fromkeys(record["command"] for record in records)
+    return {**first, "command": "; ".join(commands), "rows": list(rows.values())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    given = parser.parse_args()
+    record = join([json.loads(path.read_text()) for path in given.runs])
+    path = given.out / given.runs[0].name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    for written in [path, *write_report(record, path)]:
+        print(written)
+
+
+if __name__ == "__main__":
+    main()

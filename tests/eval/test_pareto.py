@@ -61,6 +61,7 @@ def test_scores_are_paired(scripts: SimpleNamespace) -> None:
     want = 1.96 * float(((gains - gains.mean()) ** 2).mean()) ** 0.5 / 8**0.5
     assert row["minus_dense_half95"] == pytest.approx(want)
     assert row["agreement"] == 4 / 8
+    assert scripts.pareto_report.unpack(row).tolist() == (own == labels).tolist()
     assert row["top1_low95"] < row["top1"] < row["top1_high95"]
 
 
@@ -119,7 +120,7 @@ def setting(tmp_path: Path) -> tuple[Path, Path]:
 
 def options(folder: Path, **given: object) -> argparse.Namespace:
     known = {
-        "methods": None, "budgets": ["0.7"], "data": ["clothing"], "seconds": None,
+        "methods": None, "budgets": ["0.7"], "parts": None, "data": ["clothing"], "seconds": None,
         "speed_seconds": 0.01, "limit": None, "device": "cpu", "out": folder / "out",
     }  # fmt: skip
     return argparse.Namespace(**{**known, **given})
@@ -130,8 +131,9 @@ def read(scripts: SimpleNamespace, config: Path, folder: Path) -> dict:
         "model_args": TINY, "image_size": 70, "batch": 8, "num_workers": 0,
         "data.clothing.root": str(folder / "data"), "data.clothing.stored": 70,
         "data.clothing.splits": ["test"], "data.clothing.checkpoint": str(folder / "w.safetensors"),
-        "methods": ["tome", "diffrate/gflops", "random"], "fixed": ["tome:r=0", "na:window=3"],
-        "tuned": ["na:window=3"], "learn.batch": 8, "learn.seconds": 1, "tune.batch": 8,
+        "sweeps": [{"budgets": [0.7], "methods": ["tome", "diffrate/gflops", "random"]}],
+        "fixed": ["tome:r=0", "na:window=3"], "tuned": ["na:window=3"], "learn.batch": 8,
+        "learn.seconds": 1, "tune.batch": 8,
     }  # fmt: skip
     return scripts.pareto.read_config(config, [f"{k}={json.dumps(v)}" for k, v in changes.items()])
 
@@ -171,7 +173,30 @@ def test_the_sweep_measures_every_row_and_goes_on(
     written = scripts.pareto_report.write_report(record, folder / "pareto.json")
     assert [path.suffix for path in written] == [".md", ".png", ".png"]
     assert all(path.stat().st_size > 500 for path in written)
-    assert "| tome | 0.7 |" in written[0].read_text()
+    text = written[0].read_text()
+    assert "| tome | 0.7 |" in text and f"| {learned} | 0.7 | tome |" in text
+    parts = options(folder, parts=["fixed"])
+    assert [w.label for w in scripts.pareto.plan(config, parts)] == ["dense", "chain only", "na"]
+
+
+def test_runs_are_joined_and_learned_counts_compared(scripts: SimpleNamespace) -> None:
+    report, pack = scripts.pareto_report, scripts.pareto_bench.pack
+    mine, theirs = (torch.rand(21) < share for share in (0.8, 0.6))
+    base = {"case": "c", "budget": "0.7", "n": 21}
+    own = {**base, "label": "learned", "wanted": "l", "schedule": {}, "hits": pack(mine)}
+    other = {**base, "label": "tome", "wanted": "tome", "hits": pack(theirs)}
+    far = {**other, "budget": "0.4"}
+    gain = mine.double() - theirs.double()
+    mean, half = report.compare(own, other)
+    assert mean == pytest.approx(float(gain.mean()))
+    assert half == pytest.approx(1.96 * float(gain.std(unbiased=False)) / 21**0.5)
+    assert report.contests([own, other, far]) == [(own, other)]
+    runs = [{"device": "d", "versions": {"torch": "1"}, "command": str(i), "rows": rows}
+            for i, rows in enumerate([[own], [{**own, "n": 3}, other]])]  # fmt: skip
+    joined = report.join(runs)
+    assert joined["rows"] == [own, other] and joined["command"] == "0; 1"
+    with pytest.raises(ValueError, match="versions"):
+        report.join([runs[0], {**runs[1], "versions": {"torch": "2"}}])
 
 
 def test_changes_of_the_configuration_must_exist(
