@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -104,9 +106,62 @@ def test_learning_moves_the_counts_the_way_the_data_says(model) -> None:
         assert divergence(learned) < divergence(start)
 
 
+WHOLE = "must be a whole number, 1 or larger"
+POSITIVE, SHARE = "must be a finite number, larger than 0", "must be a finite number, 0 or larger"
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "allowed"),
+    [
+        ("steps", (2.5, 2.0, 0, -1, True, "3", None, float("nan"), float("inf")), WHOLE),
+        ("lr", (0, -0.1, True, "3", None, float("nan"), float("inf")), POSITIVE),
+        ("labels", (-0.1, True, "3", None, float("nan"), float("inf")), SHARE),
+        ("distill", (-0.1, True, "3", None, float("nan"), float("inf")), SHARE),
+        ("target_gflops", (0, -1.0, True, "3", float("nan"), float("inf")), POSITIVE),
+        ("target_speedup", (1, 0.5, True, "3", float("nan"), float("inf")), "larger than 1"),
+        ("blocks", (1, "1", [1.5], [True], [None]), "must be rising whole numbers, or None"),
+    ],
+)
+def test_numbers_of_another_kind_or_range_are_refused(name, values, allowed) -> None:
+    target = {} if name.startswith("target") else {"target_speedup": 1.2}
+    for value in values:
+        with pytest.raises(ConfigError, match=f"^{re.escape(f'{name}={value!r}')}: .*{allowed}"):
+            # Neither is looked at before the numbers are.
+            learn_schedule(None, None, **{**target, name: value})
+
+
+def test_numbers_of_numpy_are_numbers(model, loader) -> None:
+    measure = FlopsCost(shape_of(model))
+    target = np.float64(0.8 * measure.dense)
+    given = {"steps": np.int64(2), "lr": np.float32(0.25), "blocks": np.array([1, 2])}
+    assert measure.exactly(learn_schedule(model, loader, target_gflops=target, **given)) <= target
+
+
+def test_learning_turns_gradients_on_for_itself_alone(model, loader) -> None:
+    wanted = learn_schedule(model, loader, target_speedup=1.25, steps=3, lr=0.3)
+    with torch.no_grad():
+        assert learn_schedule(model, loader, target_speedup=1.25, steps=3, lr=0.3) == wanted
+        assert not torch.is_grad_enabled()
+        with pytest.raises(ConfigError, match="gave no batch"):
+            learn_schedule(model, [], target_speedup=1.25, steps=3)
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
+
+
+def test_inference_mode_is_refused_by_name(model, loader, tmp_path: Path) -> None:
+    def learn(net: torch.nn.Module) -> None:
+        learn_schedule(net, loader, target_speedup=1.25, steps=2, folder=tmp_path / "out")
+
+    with torch.inference_mode():
+        with pytest.raises(ConfigError, match=r"under torch\.inference_mode\(\).*no_grad"):
+            learn(model)
+        made = timm.create_model("deit_tiny_patch16_224", num_classes=5, **TINY).eval()
+    with pytest.raises(ConfigError, match=r"model: cls_token was made under .*inference_mode"):
+        learn(made)
+    assert not (tmp_path / "out").exists()
+
+
 def test_wrong_calls_are_refused_before_anything_changes(model, loader) -> None:
-    with pytest.raises(ConfigError, match="steps=0"):
-        learn_schedule(model, loader, target_speedup=1.2, steps=0)
     with pytest.raises(ConfigError, match="table"):
         learn_schedule(model, loader, target_speedup=1.2, table=table_of(model))
     with pytest.raises(ConfigError, match="target"):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor, nn
 
@@ -15,6 +18,9 @@ from vistoken.latency import LatencyTable
 from vistoken.schedule import Schedule
 from vistoken.train.learn import RateLearning
 from vistoken.train.masked import twin
+
+LOWEST = {"lr": 0, "target_gflops": 0, "target_speedup": 1}
+"""What numbers must be larger than; the others may be 0 too."""
 
 
 def learn_schedule(
@@ -36,7 +42,8 @@ def learn_schedule(
     """Learn how many tokens each block of a classifier should keep; the model stays as it is.
 
     `vistoken.wrap(model, vistoken.DiffRate(schedule=learn_schedule(...)))` runs the result. It
-    learns on a copy, where the model is, in bf16 autocast on a GPU and else in float32.
+    learns on a copy, where the model is, in bf16 autocast on a GPU and else in float32. Under
+    `torch.no_grad()` it works all the same.
 
     Args:
         model: a supported classifier with a class token that carries no method.
@@ -59,18 +66,20 @@ def learn_schedule(
         A schedule that costs the target at most, and as little less as whole counts allow.
 
     Raises:
-        ConfigError: a number out of range, not exactly one target, a table without latency, or a
-            loader that ran out.
+        ConfigError: a number out of range, not exactly one target, a table without latency, a
+            loader that ran out, or `torch.inference_mode()` here or where the model was built.
         ScheduleError: a target out of reach.
         AlreadyWrappedError: the model carries a method.
         UnsupportedBackboneError: no supported vision transformer is in the model.
         UnsupportedMethodError: no class token, or a head that does not read it or an average.
     """
-    if steps < 1:
-        raise ConfigError(f"steps={steps}: must be 1 or larger")
+    _check_numbers(steps, blocks, lr=lr, labels=labels, distill=distill,
+                   target_gflops=target_gflops, target_speedup=target_speedup)  # fmt: skip
+    _check_gradients(model)
     if table is not None and cost != "latency":
         raise ConfigError("a table was given, but cost='flops'; pass cost='latency' to use it")
-    with tempfile.TemporaryDirectory() as scratch:
+    # Lightning turns gradients on and leaves them on; here they are again as the caller has them.
+    with torch.enable_grad(), tempfile.TemporaryDirectory() as scratch:
         path = None if table is None else table.save(Path(scratch) / "table.json")
         module = RateLearning(
             backbone=twin(model, shared=False).float(), cost=cost, target_gflops=target_gflops,
@@ -107,6 +116,42 @@ class Passes:
             raise ConfigError(
                 "loader: a pass gave no batch, and more steps are wanted; must be an iterable that "
                 "can be begun again, not an iterator that runs out"
+            )
+
+
+def _check_numbers(steps: int, blocks: Sequence[int] | None, **amounts: float | None) -> None:
+    """Raise `ConfigError` for numbers of another kind or range, whatever the model."""
+    if not _is_whole(steps) or steps < 1:
+        raise ConfigError(f"steps={steps!r}: must be a whole number, 1 or larger")
+    if blocks is not None and not (isinstance(blocks, Collection) and all(map(_is_whole, blocks))):
+        raise ConfigError(f"blocks={blocks!r}: must be rising whole numbers, or None")
+    for name, value in amounts.items():
+        if value is None and name.startswith("target"):
+            continue
+        known = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        least = LOWEST.get(name)
+        if not known or (value < 0 if least is None else value <= least):  # type: ignore[operator]
+            allowed = "0 or larger" if least is None else f"larger than {least}"
+            raise ConfigError(f"{name}={value!r}: must be a finite number, {allowed}")
+
+
+def _is_whole(value: object) -> bool:
+    """True for whole numbers, numpy's too, not for booleans."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _check_gradients(model: nn.Module) -> None:
+    """Raise `ConfigError` where autograd can record nothing."""
+    if torch.is_inference_mode_enabled():
+        raise ConfigError(
+            "learn_schedule was called under torch.inference_mode(), which records no gradients; "
+            "call it outside, or under torch.no_grad()"
+        )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_inference():
+            raise ConfigError(
+                f"model: {name} was made under torch.inference_mode(), so that no gradient passes "
+                "it; build or load the model outside"
             )
 
 
