@@ -98,8 +98,9 @@ def check_chain():
     keep, src = order[:, :m], order[:, m : m + s]
     dst = torch.randint(0, m, (b, s), device="cuda")
     size = torch.randint(1, 5, (b, n), device="cuda").float()
-    merge, fuse = Slots(keep, src, dst, size), Slots(keep, src, dst, size, None, False)
-    for slots in (None, Slots(keep), merge, fuse):
+    merge, fuse = Slots(keep, src, dst, size), Slots(keep, src, dst, size, None, "sum")
+    long = Slots(keep, src, dst, size, None, "mlerp")
+    for slots in (None, Slots(keep), merge, fuse, long):
         got = add_reduce_norm(x, y, gamma, slots, size, (weight, bias, 1e-6))
         wide = (x.double(), y.double(), gamma.double())
         norm = (weight.double(), bias.double(), 1e-6)

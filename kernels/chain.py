@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vistoken.kernels.dispatch import as_op, trains, use_triton
-from vistoken.kernels.reduce import add_into, merge, merge_gradient, slot_of, take
+from vistoken.kernels.dispatch import ANY, as_op, trains, use_triton
+from vistoken.kernels.reduce import (
+    add_into,
+    largest_norm,
+    merge,
+    merge_gradient,
+    reduce_tokens,
+    rescale,
+    slot_of,
+    take,
+)
 
 SCHEMA = (
     "(Tensor x, Tensor? branch, Tensor? gamma, Tensor? keep, Tensor? src, Tensor? dst, "
-    "Tensor? weight, Tensor? gain, bool normalize, Tensor? size, Tensor norm_weight, "
+    "Tensor? weight, Tensor? gain, str rule, Tensor? size, Tensor norm_weight, "
     "Tensor norm_bias, float eps) -> (Tensor, Tensor, Tensor)"
 )
+
+Rule = Literal["mean", "sum", "mlerp"]
+"""How members join: `mean` by weight, `sum` by weight, or `mlerp`: direction of the mean, length of
+the longest member (ToFu, Kim et al., WACV 2024)."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +42,7 @@ class Slots:
         dst: `[B, S]` int64 or None.
         weight: `[B, N]` fp32 or None.
         gain: `[B, S]` fp32 or None.
-        normalize: divide by the slot's total weight.
+        rule: how members join.
     """
 
     keep: Tensor
@@ -37,12 +50,17 @@ class Slots:
     dst: Tensor | None = None
     weight: Tensor | None = None
     gain: Tensor | None = None
-    normalize: bool = True
+    rule: Rule = "mean"
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All tensors in order."""
         return self.keep, self.src, self.dst, self.weight, self.gain
+
+    @property
+    def lengthens(self) -> bool:
+        """Whether slots get the length of their longest member."""
+        return self.rule == "mlerp" and self.src is not None
 
 
 Norm = tuple[Tensor, Tensor, float]
@@ -70,13 +88,15 @@ def add_reduce_norm(
     Returns:
         y `[B, M, C]`, its norm `[B, M, C]`, sizes `[B, M]` fp32 or None while nothing was merged.
     """
-    if not use_triton(x):
-        return add_reduce_norm_reference(x, branch, gamma, slots, size, norm)
     weighs = () if slots is None else (slots.weight, slots.gain)
-    if as_op(x) or trains(x, branch, gamma, size, norm[0], norm[1], *weighs):
+    learns = trains(x, branch, gamma, size, norm[0], norm[1], *weighs)
+    # The operator has no gradient of lengths.
+    if not use_triton(x) or (learns and slots is not None and slots.lengthens):
+        return add_reduce_norm_reference(x, branch, gamma, slots, size, norm)
+    if as_op(x) or learns:
         fields = (None,) * 5 if slots is None else slots.tensors
-        normalize = slots is None or slots.normalize
-        y, h, total = add_reduce_norm_op(x, branch, gamma, *fields, normalize, size, *norm)
+        rule = "mean" if slots is None else slots.rule
+        y, h, total = add_reduce_norm_op(x, branch, gamma, *fields, rule, size, *norm)
         return y, h, total if _sizes_change(slots, size) else size
     from vistoken.kernels.triton_chain import add_reduce_norm_triton
 
@@ -103,9 +123,32 @@ def add_reduce_norm_reference(
             joined = take(size, slots.src)
             joined = joined if slots.gain is None else joined * slots.gain
             size = add_into(take(size, slots.keep), slots.dst, joined)
-            x = merge(x, slots.keep, slots.src, slots.dst, slots.weight, slots.normalize)
+            x = _joined(x, slots)
     weight, bias, eps = norm
     return x, F.layer_norm(x, (x.shape[-1],), weight, bias, eps), size
+
+
+def reduce_slots(x: Tensor, slots: Slots) -> Tensor:
+    """Tokens `[B, N, C]` to slots `[B, M, C]`: in one launch where there is a kernel.
+
+    Compilers and autograd see the torch operators.
+    """
+    if not slots.lengthens:
+        into = slots.keep, slots.src, slots.dst
+        return reduce_tokens(x, *into, slots.weight, slots.rule != "sum")
+    if use_triton(x, ANY) and not torch.compiler.is_compiling() and not trains(x, slots.weight):
+        from vistoken.kernels.triton_chain import add_reduce_norm_triton
+
+        return add_reduce_norm_triton(x, None, None, slots, None, None)[0]
+    return _joined(x, slots)
+
+
+def _joined(x: Tensor, slots: Slots) -> Tensor:
+    """`reduce_slots` of merged tokens in torch operators."""
+    assert slots.src is not None and slots.dst is not None
+    into = slots.keep, slots.src, slots.dst
+    joined = merge(x, *into, slots.weight, slots.rule != "sum")
+    return rescale(joined, largest_norm(x, *into)) if slots.lengthens else joined
 
 
 def _sizes_change(slots: Slots | None, size: Tensor | None) -> bool:
@@ -123,14 +166,14 @@ def add_reduce_norm_op(
     dst: Tensor | None,
     weight: Tensor | None,
     gain: Tensor | None,
-    normalize: bool,
+    rule: str,
     size: Tensor | None,
     norm_weight: Tensor,
     norm_bias: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`add_reduce_norm` on plain arguments; sizes that stay are not returned again but empty."""
-    slots = None if keep is None else Slots(keep, src, dst, weight, gain, normalize)
+    slots = None if keep is None else Slots(keep, src, dst, weight, gain, cast(Rule, rule))
     norm = (norm_weight, norm_bias, eps)
     if use_triton(x):
         from vistoken.kernels.triton_chain import add_reduce_norm_triton
@@ -154,7 +197,7 @@ def _(
     dst: Tensor | None,
     weight: Tensor | None,
     gain: Tensor | None,
-    normalize: bool,
+    rule: str,
     size: Tensor | None,
     norm_weight: Tensor,
     norm_bias: Tensor,
@@ -168,9 +211,11 @@ def _(
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, normalize, size, norm_weight, norm_bias, eps = inputs
+    *tensors, rule, size, norm_weight, norm_bias, eps = inputs
+    if rule == "mlerp" and tensors[4] is not None:
+        raise RuntimeError("vistoken::add_reduce_norm has no gradient of rule='mlerp'")
     ctx.save_for_backward(*tensors, size, norm_weight, norm_bias, output[0])
-    ctx.normalize, ctx.eps = normalize, eps
+    ctx.normalize, ctx.eps = rule != "sum", eps
     ctx.set_materialize_grads(False)
 
 

@@ -50,7 +50,8 @@ def add_reduce_norm_triton(
         BRANCH=branch is not None, GAMMA=gamma is not None, INDEXED=slots is not None,
         MERGES=merges, WEIGHTED=slots is not None and slots.weight is not None,
         GAIN=slots is not None and slots.gain is not None,
-        NORMALIZE=slots is None or slots.normalize, SIZED=size is not None, SIZE_OUT=sized,
+        NORMALIZE=slots is None or slots.rule != "sum",
+        LENGTHENS=slots is not None and slots.lengthens, SIZED=size is not None, SIZE_OUT=sized,
         NORM=norm is not None, BLOCK_C=block, BLOCK_S=max(16, triton.next_power_of_2(sources)),
         num_warps=warps or (1 if block <= 512 else 2 if block <= 1024 else 4),
     )  # fmt: skip
@@ -66,7 +67,7 @@ def reduce_tokens_triton(
     normalize: bool,
 ) -> Tensor:
     """See `vistoken.kernels.reduce.reduce_tokens`."""
-    slots = Slots(keep, src, dst, weight, None, normalize)
+    slots = Slots(keep, src, dst, weight, None, "mean" if normalize else "sum")
     return add_reduce_norm_triton(x, None, None, slots, None, None)[0]
 
 
@@ -88,7 +89,7 @@ def _add_reduce_norm(
     keep_row, src_row, dst_row, weight_row, gain_row, size_row,
     tokens, slots, sources, width, eps,
     BRANCH: tl.constexpr, GAMMA: tl.constexpr, INDEXED: tl.constexpr, MERGES: tl.constexpr,
-    WEIGHTED: tl.constexpr, GAIN: tl.constexpr, NORMALIZE: tl.constexpr,
+    WEIGHTED: tl.constexpr, GAIN: tl.constexpr, NORMALIZE: tl.constexpr, LENGTHENS: tl.constexpr,
     SIZED: tl.constexpr, SIZE_OUT: tl.constexpr, NORM: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -113,6 +114,8 @@ def _add_reduce_norm(
         if WEIGHTED:
             share = tl.load(weight_ptr + b * weight_row + token).to(tl.float32)
         total = value * share
+        if LENGTHENS:
+            longest = tl.sum(value * value, 0)
         joins = tl.load(dst_ptr + b * dst_row + s, mask=s < sources, other=-1) == slot
         members = tl.sum(joins.to(tl.int32), 0)
         last = -1
@@ -129,6 +132,8 @@ def _add_reduce_norm(
                 adds = tl.load(branch_ptr + from_, mask=inside, other=0.0).to(tl.float32)
                 row += adds * gamma if GAMMA else adds
             total += row * w
+            if LENGTHENS:
+                longest = tl.maximum(longest, tl.sum(row * row, 0))
             share += w
             brings = tl.full([], 1.0, tl.float32)
             if SIZED:
@@ -137,6 +142,9 @@ def _add_reduce_norm(
                 brings *= tl.load(gain_ptr + b * gain_row + last)
             size += brings
         value = total / share if NORMALIZE else total
+        if LENGTHENS:
+            length = tl.sqrt(tl.sum(value * value, 0))
+            value *= tl.sqrt(longest) / tl.maximum(length, 1e-12)
     if SIZE_OUT:
         tl.store(size_out_ptr + b * slots + slot, size)
     out = (b * slots + slot) * width + c

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vistoken import patches
 from vistoken.attach import Attachment
 from vistoken.kernels.biased_attention import biased_attention, biased_attention_reference
-from vistoken.kernels.chain import Slots, add_reduce_norm
+from vistoken.kernels.chain import add_reduce_norm
 from vistoken.kernels.dispatch import use_triton, why_not_triton
 from vistoken.methods.base import Need
 from vistoken.methods.sparse import SparseAttention
@@ -161,19 +161,7 @@ class FusedBlock:
             assignment = self.attachment.assign(self.block, x)
         else:
             assignment = self.attachment.assign(self.block, x)
-        if assignment.rule == "mlerp" and assignment.src is not None:
-            short = assignment.reduce(plus(x, branch, gamma))
-            h, after = F.layer_norm(short, (short.shape[-1],), *norm), state.after(assignment)
-            return short, h, after
-        slots = Slots(
-            assignment.keep,
-            assignment.src,
-            assignment.dst,
-            assignment.weight,
-            assignment.gain,
-            assignment.rule != "sum",
-        )
-        short, h, size = add_reduce_norm(x, branch, gamma, slots, state.size, norm)
+        short, h, size = add_reduce_norm(x, branch, gamma, assignment.slots, state.size, norm)
         return short, h, state.after(assignment, size)
 
     def finish(self, short: Tensor, branch: Tensor, frame: Frame) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from vistoken.kernels import reduce as ops
+from vistoken.kernels.chain import Rule, Slots, reduce_slots
 
 Fill = Literal["nearest", "zeros"]
-Rule = Literal["mean", "sum", "mlerp"]
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,14 @@ class Assignment:
         """Slots M."""
         return self.keep.shape[1]
 
+    @property
+    def slots(self) -> Slots:
+        """The same, as kernels take it."""
+        return Slots(self.keep, self.src, self.dst, self.weight, self.gain, self.rule)
+
     def reduce(self, x: Tensor) -> Tensor:
         """Tokens `[B, N, C]` to slots `[B, M, C]`."""
-        slots = (self.keep, self.src, self.dst)
-        reduced = ops.reduce_tokens(x, *slots, self.weight, self.rule != "sum")
-        if self.rule != "mlerp" or self.src is None or self.dst is None:
-            return reduced
-        return ops.rescale(reduced, ops.largest_norm(x, self.keep, self.src, self.dst))
+        return reduce_slots(x, self.slots)
 
     def select(self, x: Tensor) -> Tensor:
         """Of any per-token tensor `[B, N]` or `[B, N, C]` the entries of the kept tokens."""

@@ -47,9 +47,9 @@ def inputs(kind, sized, branch, weighted, gain):
         tensors |= {"branch": draw(2, TOKENS, WIDTH, seed=3), "gamma": draw(WIDTH, seed=4)}
     if sized:
         tensors["size"] = draw(2, TOKENS, seed=5).abs() + 1
-    if weighted and kind in ("merge", "sum"):
+    if weighted and kind in ("merge", "sum", "mlerp"):
         tensors["weight"] = draw(2, TOKENS, seed=6).abs() + 0.2
-    if gain and kind in ("merge", "sum"):
+    if gain and kind in ("merge", "sum", "mlerp"):
         tensors["gain"] = draw(2, SOURCES, seed=7).abs() + 0.2
     return tensors
 
@@ -68,7 +68,9 @@ def run(function, kind, tensors, dtype):
     if kind == "prune":
         slots = Slots(keep)
     elif kind != "all":
-        slots = Slots(keep, src, dst, t.get("weight"), t.get("gain"), kind == "merge")
+        slots = Slots(
+            keep, src, dst, t.get("weight"), t.get("gain"), "mean" if kind == "merge" else kind
+        )
     norm = (t["scale"], t["shift"], 1e-5)
     outs = function(t["x"], t.get("branch"), t.get("gamma"), slots, t.get("size"), norm)
     outs = [o for o in outs if o is not None]
@@ -87,6 +89,8 @@ CASES = [
     ("merge", True, True, False, False),
     ("sum", True, True, True, False),
     ("sum", False, True, False, True),
+    ("mlerp", True, True, True, True),
+    ("mlerp", False, False, False, False),
 ]
 
 
@@ -108,8 +112,25 @@ def test_registration(case):
     src, dst = (src, dst) if case[0] == "merge" else (None, None)
     parts = [tensors.get(name) for name in ("x", "branch", "gamma")]
     weights = [tensors.get(name) for name in ("weight", "gain")]
-    last = (True, tensors.get("size"), tensors["scale"], tensors["shift"], 1e-5)
+    last = ("mean", tensors.get("size"), tensors["scale"], tensors["shift"], 1e-5)
     torch.library.opcheck(add_reduce_norm_op, (*parts, keep, src, dst, *weights, *last))
+
+
+def test_lengths_have_the_operator_without_a_gradient(kernels):
+    tensors = inputs("mlerp", True, True, True, True)
+    args = [tensors[name] for name in ("x", "branch", "gamma")]
+    args += [*indices(), tensors["weight"], tensors["gain"], "mlerp", tensors["size"]]
+    args += [tensors["scale"], tensors["shift"], 1e-5]
+    torch.library.opcheck(add_reduce_norm_op, args, test_utils=("test_schema", "test_faketensor"))
+    got = add_reduce_norm_op(*args)
+    slots = Slots(*args[3:9])
+    norm = args[10:]
+    expected = add_reduce_norm_reference(*args[:3], slots, args[9], norm)
+    for mine, exact in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, exact, rtol=2e-4, atol=2e-4)
+    args[0] = args[0].clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="no gradient of rule='mlerp'"):
+        add_reduce_norm_op(*args)
 
 
 @pytest.mark.parametrize("weighted", [True, False])

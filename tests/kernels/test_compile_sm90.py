@@ -125,7 +125,8 @@ for merges, weighted, gain, sized, branch, gamma in [
 ]:
     CASES.append(("chain", {"eps": "fp32"}, {
         "BRANCH": branch, "GAMMA": gamma, "INDEXED": merges or sized, "MERGES": merges,
-        "WEIGHTED": weighted, "GAIN": gain, "NORMALIZE": True, "SIZED": sized,
+        "WEIGHTED": weighted, "GAIN": gain, "NORMALIZE": True, "LENGTHENS": merges and sized,
+        "SIZED": sized,
         "NORM": not gain, "SIZE_OUT": merges or sized, "BLOCK_C": 512, "BLOCK_S": 16}))  # fmt: skip
 
 

@@ -9,7 +9,9 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run with TRITON_INTERPRET=1 where there is no GPU", allow_module_level=True)
 
 import vistoken.kernels.biased_attention as module
+import vistoken.kernels.chain as chain_module
 import vistoken.kernels.reduce as reduce_module
+from vistoken.kernels import triton_chain
 from vistoken.kernels.biased_attention import biased_attention
 from vistoken.kernels.bipartite import cosine_scores, head_mean, pair_up
 from vistoken.kernels.chain import Slots, add_reduce_norm_reference
@@ -21,6 +23,7 @@ from vistoken.kernels.triton_bipartite import bipartite_triton
 from vistoken.kernels.triton_chain import add_reduce_norm_triton
 from vistoken.kernels.triton_ranking import rank_tokens_triton
 from vistoken.kernels.triton_signals import best_match_at_triton, log_normalizer_triton
+from vistoken.state import Assignment
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -135,7 +138,7 @@ def test_rank(tokens, prefix):
 @pytest.mark.parametrize("gain", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("branch", ["none", "plain", "scaled"])
-@pytest.mark.parametrize("kind", ["all", "prune", "merge", "sum"])
+@pytest.mark.parametrize("kind", ["all", "prune", "mean", "sum", "mlerp"])
 @pytest.mark.parametrize("sized", [True, False])
 def test_chain(gain, weighted, branch, kind, sized):
     batch, tokens, width, slots, sources = 2, 29, 40, 9, 17
@@ -153,7 +156,7 @@ def test_chain(gain, weighted, branch, kind, sized):
             torch.randint(0, slots, (batch, sources), device=DEVICE),
             draw(batch, tokens, seed=4).abs() + 0.1 if weighted else None,
             draw(batch, sources, seed=5).abs() if gain else None,
-            kind == "merge",
+            kind,
         )
     adds = None if branch == "none" else y
     scale = gamma if branch == "scaled" else None
@@ -165,6 +168,32 @@ def test_chain(gain, weighted, branch, kind, sized):
         assert (mine is None) == (reference is None)
         if mine is not None:
             torch.testing.assert_close(mine.double(), reference.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_lengths_of_the_longest_member():
+    """Slots of one, of zeros, of members that cancel, and of very short ones."""
+    x = draw(1, 9, 20)
+    x[0, [2, 5]] = 0
+    x[0, 6] = -x[0, 3]
+    x[0, [4, 7]] *= 1e-16
+    keep, src, dst = (
+        torch.tensor([index], device=DEVICE)
+        for index in ([0, 1, 2, 3, 4], [8, 5, 6, 7], [1, 2, 3, 4])
+    )
+    slots = Slots(keep, src, dst, rule="mlerp")
+    norm = (torch.ones(20, device=DEVICE), torch.zeros(20, device=DEVICE), 1e-5)
+    y, h, size = add_reduce_norm_triton(x, None, None, slots, None, norm)
+    z = x[0].double()
+    mean = (z[1] + z[8]) / 2
+    torch.testing.assert_close(y[0, 0].double(), z[0], rtol=1e-6, atol=1e-7)
+    expected = mean / mean.norm() * max(z[1].norm(), z[8].norm())
+    torch.testing.assert_close(y[0, 1].double(), expected, rtol=1e-5, atol=1e-6)
+    assert not y[0, 2].any() and not y[0, 3].any(), "no direction, no length"
+    short = (z[4] + z[7]) / 2
+    expected = short / 1e-12 * max(z[4].norm(), z[7].norm())
+    torch.testing.assert_close(y[0, 4].double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(h, torch.nn.functional.layer_norm(y, (20,)))
+    assert size.tolist() == [[1, 2, 2, 2, 2]]
 
 
 @pytest.mark.parametrize("bias", ["none", "token", "head"])
@@ -218,3 +247,23 @@ def test_reduce_tokens(kind, monkeypatch):
     torch.testing.assert_close(reduce_tokens(x, *args).double(), expected, rtol=1e-4, atol=1e-5)
     x = x.clone().requires_grad_()
     assert reduce_tokens(x, *args).requires_grad, "autograd sees the torch operators"
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_assignments_with_lengths_take_the_kernel(weighted, monkeypatch):
+    x, order = draw(2, 23, 40), torch.stack([torch.randperm(23) for _ in range(2)]).to(DEVICE)
+    weight = draw(2, 23, seed=4).abs() + 0.1 if weighted else None
+    dst = torch.randint(0, 8, (2, 11), device=DEVICE)
+    a = Assignment(order[:, :8], order[:, 8:19], dst, weight, rule="mlerp")
+    expected = a.reduce(x.double())
+    mean = Assignment(order[:, :8], order[:, 8:19], dst, weight).reduce(x.double())
+    assert not torch.allclose(mean, expected)
+    calls, launch = [], triton_chain.add_reduce_norm_triton
+    monkeypatch.setattr(chain_module, "use_triton", lambda x, dtypes=None: True)
+    monkeypatch.setattr(
+        triton_chain, "add_reduce_norm_triton", lambda *args: calls.append(1) or launch(*args)
+    )
+    torch.testing.assert_close(a.reduce(x).double(), expected, rtol=1e-4, atol=1e-5)
+    assert calls
+    x = x.clone().requires_grad_()
+    assert a.reduce(x).requires_grad and len(calls) == 1, "autograd sees the torch operators"
