@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ NAMES = {
     "transformers CLIP-L/14": "transformers/clip_vit_large_patch14",
     "LLaVA-NeXT-7B": "llava-next-7b-random",
 }
+SMALL_MAP = "bra B64 14x14 H12 D32 S7 k16"
 
 
 def rows(name: str) -> list[dict]:
@@ -138,6 +141,14 @@ def test_what_pays() -> None:
     gain = rates[0.4, "learned by milliseconds"]["top1"]
     gain -= rates[0.4, "closed form, same operator"]["top1"]
     assert f"{100 * gain:.1f} points above closed-form counts" in text
+    assert "ToMe and EViT run {:.2f} to {:.2f} times".format(*lead_of_rivals(rates)) in text
+    routed = {(r["case"], r["method"], r.get("direction")): r["ms"] for r in rows("bra-h100")}
+    full, ours, choice, layer = (
+        routed[SMALL_MAP, method, "fwd"]
+        for method in ("sdpa full", "vistoken", "vistoken routing", "vistoken layer")
+    )
+    assert f"full attention is {ours / full:.1f} times as fast as [routing]" in text
+    assert f"choosing regions takes {100 * choice / layer:.1f} % of the layer" in text
     llava = {(r["batch"], r["method"], r["mode"]): r for r in rows("vlm-h100")}
     alone = llava[1, "dense", "eager"]["ms"] / llava[1, "dense", "graph"]["ms"]
     assert f"{alone:.1f} times plain `generate` from graphs alone" in text
@@ -146,6 +157,15 @@ def test_what_pays() -> None:
     batches, speeds = ([row[key] for row in most] for key in ("batch", "per_second"))
     assert f"{batches[1] / batches[0]:.1f} times as many sequences" in text
     assert f"{speeds[1] / speeds[0]:.1f} times the tokens/s" in text
+
+
+def lead_of_rivals(rates: dict[tuple, dict]) -> tuple[float, float]:
+    """Least and most speed of ToMe and EViT over counts learned by FLOPs, at equal GFLOPs."""
+    found = [
+        rates[share, "learned by FLOPs"]["ms"] / rates[share, name]["ms"]
+        for share in (0.4, 0.55, 0.7) for name in ("constant r, ToMe", "keep rate, EViT")
+    ]  # fmt: skip
+    return min(found), max(found)
 
 
 def test_maps_table() -> None:
@@ -164,7 +184,7 @@ def test_routing_table() -> None:
     cases = list(dict.fromkeys(case for case, *_ in measured))
     table = table_after("docs/routing.md", "### Measured")
     assert len(table) == len(cases) == 6
-    for case, (_, ours, gather, full, gain, memory) in zip(cases, table, strict=True):
+    for case, (_, ours, gather, full, gain, memory, choice) in zip(cases, table, strict=True):
         found = {}
         for method, text in (("vistoken", ours), ("gather", gather), ("sdpa full", full)):
             for direction, shown in zip(("fwd", "fwd+bwd"), text.split(" / "), strict=True):
@@ -176,13 +196,52 @@ def test_routing_table() -> None:
             assert shown == f"{ratio:.1f}x"
         peaks = [found[method, "fwd+bwd"]["peak_mib"] for method in ("vistoken", "gather")]
         assert memory == "{:.0f} / {:.0f}".format(*peaks)
-    shares = [
-        measured[case, "vistoken routing", "fwd"]["ms"]
-        / measured[case, "vistoken layer", "fwd"]["ms"]
-        for case in cases
-    ]
+        assert choice == f"{choosing(measured, case):.1f} %"
+
+
+def choosing(measured: dict[tuple, dict], case: str) -> float:
+    """Percent of the layer's time that the choice of regions takes."""
+    part, whole = (measured[case, f"vistoken {name}", "fwd"]["ms"] for name in ("routing", "layer"))
+    return 100 * part / whole
+
+
+def test_prose_under_the_routing_table() -> None:
     text = " ".join((ROOT / "docs/routing.md").read_text().split())
-    assert f"took {100 * min(shares):.0f} to {100 * max(shares):.0f} % of a layer" in text
+    measured = {(r["case"], r["method"], r["direction"]): r for r in rows("bra-h100")}
+    cases = list(dict.fromkeys(case for case, *_ in measured))
+    shares = {case: choosing(measured, case) for case in cases}
+    good = [share for share in shares.values() if share <= 10]
+    assert len(good) == 4
+    assert f"takes {min(good):.1f} to {max(good):.1f} % of the layer on four of the six" in text
+    middle, small = (shares[case] for case in cases[1:3])
+    assert cases[2] == SMALL_MAP and middle > 10 and small > 10
+    assert f"on 28 x 28 cells ({middle:.1f} %) and on 14 x 14 ({small:.1f} %)" in text
+
+    def full_over_ours(case: str) -> list[float]:
+        return [
+            measured[case, "sdpa full", way]["ms"] / measured[case, "vistoken", way]["ms"]
+            for way in ("fwd", "fwd+bwd")
+        ]
+
+    assert [case for case in cases if min(full_over_ours(case)) < 1] == [SMALL_MAP]
+    times = [1 / ratio for ratio in full_over_ours(SMALL_MAP)]
+    assert "{:.1f} times forward, {:.1f} times with the backward pass".format(*times) in text
+    (wide,) = {f"{ratio:.1f}" for ratio in full_over_ours("bra B64 32x32 H12 D32 S8 k16")}
+    assert f"On 32 x 32 it is {wide} times slower" in text
+    flex = [r for r in rows("bra-h100") if r["method"] == "flex"]
+    assert {r["case"] for r in flex} == {cases[0]} and all(r["agrees"] for r in flex)
+    shown = "{:.2f} / {:.2f} ms, {:.0f} and {:.0f} times ours and slower than full attention"
+    assert shown.format(*(r["ms"] for r in flex), *(r["times_ours"] for r in flex)) in text
+    assert all(r["ms"] > measured[cases[0], "sdpa full", r["direction"]]["ms"] for r in flex)
+    models = {(r["case"], r["method"]): r["ms"] for r in rows("bra-models-h100")}
+    pairs = [
+        [models[f"biformer_base {side}", path] for path in ("vistoken", "gather")]
+        for side in (224, 512)
+    ]
+    assert "{:.1f} ms against {:.1f} on the gather path".format(*pairs[0]) in text
+    assert "{:.1f} against {:.1f} at 512, ".format(*pairs[1]) in text
+    ratios = [gather / ours for ours, gather in pairs]
+    assert "{:.2f} and {:.2f} times its speed".format(*ratios) in text
 
 
 def test_rates_tables() -> None:
@@ -203,9 +262,66 @@ def test_rates_tables() -> None:
         assert ms == (f"{row['ms']:.2f}" if row["ms"] else "")
         assert float(top1) == pytest.approx(100 * row["top1"], abs=0.051)
         if gain:
-            shown = tuple(map(float, gain.split(" +- ")))
             exact = row["top1_flops_learned_minus_this"], row["top1_half_interval95"]
-            assert shown == pytest.approx([100 * x for x in exact], abs=0.051)
+            for text, value in zip(gain.split(" +- "), exact, strict=True):
+                close = 0.51 * 10 ** -len(text.partition(".")[2])
+                assert float(text) == pytest.approx(100 * value, abs=close), (share, name)
+
+
+def test_prose_under_the_rates_tables() -> None:
+    text = " ".join((ROOT / "docs/rates.md").read_text().split())
+    rates = {(r["share"], r["method"]): r for r in rows("rates-h100") if "share" in r}
+    shares = (0.4, 0.55, 0.7)
+    flops, timed = (
+        [rates[share, f"learned by {unit}"] for share in shares]
+        for unit in ("FLOPs", "milliseconds")
+    )
+    assert {(r["n"], r["garments"]) for r in rates.values()} == {(20_000, 10_000)}
+    assert {r["steps"] for r in (*flops, *timed)} == {500}
+    assert f"trained on, dense {100 * flops[0]['dense_top1']:.1f}; `ms` is a batch of 256" in text
+    assert f"in bf16, dense {flops[0]['dense_ms']:.2f};" in text
+    gain, half = "top1_flops_learned_minus_this", "top1_half_interval95"
+    assert all(r[gain] > r[half] for (_, name), r in rates.items() if "learned" not in name)
+    over = [100 * rates[share, "closed form, same operator"][gain] for share in shares]
+    assert "{:.1f}, {:.1f} and {:.1f} points over closed-form counts".format(*over) in text
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    halves = [100 * rates[share, "closed form, same operator"][half] for share in shares]
+    shown = [f"{a:.1f} +- {b:.1f}" for a, b in zip(over, halves, strict=True)]
+    assert "{}, {} and {} points above closed-form ones".format(*shown) in readme
+    alike = {r["top1"] for r in rows("rates-cpu") if r["method"] == "learned by FLOPs"
+             or r["method"].endswith("same operator")}  # fmt: skip
+    assert len(alike) == 1
+    parts = []
+    for row in flops:
+        counts = row["schedule"]
+        before = [counts["tokens"], *counts["merged"][:-1]]
+        pruned = [n - p for n, p in zip(before, counts["pruned"], strict=True)]
+        assert not any(pruned[:-3])
+        parts.append(100 - 100 * sum(pruned) / (counts["tokens"] - counts["merged"][-1]))
+    assert "{:.0f}, {:.0f} and {:.0f} % are merged".format(*parts) in text
+    better = -100 * timed[0][gain], 100 * timed[0][half]
+    assert "{:.1f} +- {:.1f} points more than by FLOPs".format(*better) in text
+    assert sum(n == m for n, m in pairwise(timed[0]["schedule"]["merged"])) == 1
+    assert f"{100 * timed[0]['gflops'] / flops[0]['gflops'] - 100:.0f} % more GFLOPs" in text
+    assert all(abs(row[gain]) < row[half] for row in timed[1:])
+    assert f"run {100 * timed[1]['ms'] / flops[1]['ms'] - 100:.1f} % slower" in text
+    assert "run {:.2f} to {:.2f} times as fast".format(*lead_of_rivals(rates)) in text
+    behind = []
+    for share, learned in zip(shares[1:], timed, strict=False):
+        for name in ("constant r, ToMe", "keep rate, EViT"):
+            assert rates[share, name]["ms"] > learned["ms"]
+            behind.append(100 * (learned["top1"] - rates[share, name]["top1"]))
+    assert f"hit {min(behind):.1f} to {max(behind):.1f} points less" in text
+
+
+def test_picture_of_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn from three timed budgets and from one without times; what the page shows is small."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    draw = importlib.import_module("rates_figure").draw
+    for name in ("rates-h100", "rates-cpu"):
+        draw(rows(name), tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    assert (ROOT / "docs/images/rates.png").stat().st_size < 150_000
 
 
 def test_accuracy_table_of_the_readme() -> None:
