@@ -17,6 +17,7 @@ from vistoken.errors import ConfigError
 from vistoken.train.classifier import Classifier
 from vistoken.train.images import ImagesData
 from vistoken.train.learn import RateLearning
+from vistoken.train.memory import MemoryImages
 from vistoken.train.order import EpochOrder, ResumableLoader, ShareOrder
 from vistoken.train.scenes_data import ScenesData
 
@@ -120,6 +121,24 @@ def test_scenes_go_on_inside_an_epoch(tmp_path: Path) -> None:
     again = fit(scenes(), tmp_path / "again", tmp_path / "whole" / "step=6.ckpt")
     assert len(whole.seen) == 8 and again.seen == whole.seen[6:]
     assert torch.equal(whole.rates.logits, again.rates.logits)
+
+
+def test_pictures_in_memory_go_on_inside_an_epoch(pictures: Path, tmp_path: Path) -> None:
+    def memory() -> MemoryImages:
+        return MemoryImages(
+            str(pictures), stored=32, image_size=32, batch_size=4, num_workers=0, num_classes=10,
+            jitter=0.3, mixup=0.3, cutmix=0.5,
+        )  # fmt: skip
+
+    more = {"finetune": True, "drop_path": 0.3}
+    whole = fit(memory(), tmp_path / "whole", **more)
+    assert len({pixels for _, _, pixels, _ in whole.seen}) == len(whole.seen) == 10
+    for stop in (2, 8):
+        checkpoint = tmp_path / "whole" / f"step={stop}.ckpt"
+        again = fit(memory(), tmp_path / str(stop), checkpoint, **more)
+        assert again.seen == whole.seen[stop:], "pictures and draws of the steps that are left"
+        for name, value in whole.state_dict().items():
+            assert torch.equal(value, again.state_dict()[name]), name
 
 
 def test_an_epoch_of_another_layout_is_refused(pictures: Path, tmp_path: Path) -> None:

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningDataModule
 from timm.data import Mixup, create_dataset
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from vistoken.errors import ConfigError, VistokenError
 from vistoken.eval.sources import Pictures
 from vistoken.train.images import IMAGENET_MEAN, IMAGENET_STD
+from vistoken.train.order import ResumableData, ResumableLoader, ShareOrder
 from vistoken.train.scenes_data import SceneNumbers
 
 Table = tuple[Tensor, Tensor]
@@ -120,8 +120,11 @@ def jittered(x: Tensor, strength: float) -> Tensor:
     return x.clamp(0, 1)
 
 
-class MemoryImages(LightningDataModule):  # type: ignore[misc]
+class MemoryImages(ResumableData):
     """An image folder held in memory: no decoding while training, so one GPU stays busy.
+
+    Augmentation draws from the generators of the run, which `StepSeeds` sets at every step: a
+    seeded run that resumes inside an epoch goes on with the pictures, cuts and mixes that are left.
 
     Args:
         root: folder or tar file with one subfolder per split and class.
@@ -210,8 +213,8 @@ class MemoryImages(LightningDataModule):  # type: ignore[misc]
                 f"{len(numbers)} pictures do not fill one batch of {batch} in each of {world} "
                 "processes"
             )
-        order: DistributedSampler[int] = DistributedSampler(numbers, world, rank, drop_last=True)
-        return DataLoader(numbers, batch, sampler=order, drop_last=True)
+        order = ShareOrder(numbers, world, rank, drop_last=True)
+        return self.resumable(ResumableLoader(numbers, order, batch))
 
     def train_dataloader(self) -> DataLoader[int]:
         """Shuffled numbers of training pictures."""
