@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Literal
 
 from vistoken.kernels.routing_regions import Routing, Sides, count_regions
-from vistoken.kernels.routing_tiles import block, choose, parts
+from vistoken.kernels.routing_tiles import MEASURED, block, choose, parts
 
 MAX_REGIONS = 64
 """Bits of a query's word."""
@@ -98,6 +98,19 @@ def choose_bands(grid: Sides, size: Sides, dim: int, kind: BandPass) -> BandTile
     if tile is None:
         raise AssertionError("asked only where bands fit")
     return tile
+
+
+def bands_have_room(grid: Sides, size: Sides, dim: int, kind: BandPass, limit: int | None) -> bool:
+    """Whether a pass fits into so many bytes of shared memory; None stands for enough."""
+    if limit is None or limit >= MEASURED:
+        return True
+    tile, row = choose_bands(grid, size, dim, kind), 2 * block(dim)
+    step = tile.stages * 2 * tile.columns * row
+    if kind == "forward":
+        return max(step, 2 * tile.stages * 64 * row) + tile.rows * row <= limit
+    # By what compiled kernels take: products of fewer columns hold queries and gradients twice.
+    own = 2 * tile.rows * row * (1 if tile.columns >= 64 else 2)
+    return own + 2 * tile.rows * tile.columns + step <= limit
 
 
 @lru_cache(maxsize=1024)

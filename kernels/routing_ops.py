@@ -11,8 +11,9 @@ from torch import Tensor
 from vistoken.kernels import routing_reference as reference
 from vistoken.kernels.dispatch import ANY, as_given, use_triton
 from vistoken.kernels.neighborhood_reference import wide_type
-from vistoken.kernels.routing_bands import bands_fit, bands_win
+from vistoken.kernels.routing_bands import BandPass, bands_fit, bands_have_room, bands_win
 from vistoken.kernels.routing_regions import MAX_BATCH, Routing
+from vistoken.kernels.routing_tiles import shared_limit
 
 MAX_DIM = 256
 """Widest head that the Triton kernels take."""
@@ -24,7 +25,9 @@ def triton_runs(q: Tensor, v: Tensor) -> bool:
     return use_triton(q, ANY) and fits and q.numel() > 0
 
 
-def walks_bands(q: Tensor, k: Tensor, listed: int, routing: Routing, distinct: bool) -> bool:
+def walks_bands(
+    q: Tensor, k: Tensor, listed: int, routing: Routing, distinct: bool, kind: BandPass
+) -> bool:
     """Whether the kernels of small maps take a problem, whose lists may have no repeats."""
     grid, dim = (q.shape[1], q.shape[2]), q.shape[-1]
     return (
@@ -32,6 +35,7 @@ def walks_bands(q: Tensor, k: Tensor, listed: int, routing: Routing, distinct: b
         and grid == (k.shape[1], k.shape[2])
         and bands_fit(grid, routing, dim, q.element_size(), q.shape[-2] // k.shape[-2])
         and bands_win(grid, routing.q_size, listed, dim)
+        and bands_have_room(grid, routing.q_size, dim, kind, shared_limit(q.device))
     )
 
 
@@ -60,7 +64,7 @@ def routed(
     """Output `[B, X, Y, H, Dv]` and lse `[B, X, Y, H]`; see `vistoken.kernels.routing`."""
     routing = _routing(q_size, k_size, pads, causal)
     if triton_runs(q, v):
-        if counts is None and walks_bands(q, k, index.shape[-1], routing, distinct):
+        if counts is None and walks_bands(q, k, index.shape[-1], routing, distinct, "forward"):
             from vistoken.kernels import triton_routing_bands as bands
 
             return bands.forward(q, k, v, index, extra_k, extra_v, routing.q_size, scale)
@@ -103,7 +107,7 @@ def routed_backward(
     with as_given(q.device.type):
         if not triton_runs(q, v):
             grads = reference.backward(*given)
-        elif counts is None and walks_bands(q, k, index.shape[-1], routing, distinct):
+        elif counts is None and walks_bands(q, k, index.shape[-1], routing, distinct, "backward"):
             from vistoken.kernels import triton_routing_bands as bands
 
             few = (index, extra_k, extra_v, routing.q_size, scale)

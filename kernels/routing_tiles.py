@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
+
+import torch
 
 from vistoken.kernels.neighborhood_tiles import Pass
 from vistoken.kernels.routing_regions import Sides
+
+MEASURED = 227 * 1024
+"""Shared memory of a program on the GPU where the choices were measured; all of them fit."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,10 @@ def parts(size: Sides, tile: Sides) -> Sides:
 
 
 @lru_cache(maxsize=1024)
-def choose(own: Sides, walked: Sides, listed: int, dim: int, bytes_: int, kind: Pass) -> Tile:
+def choose(
+    own: Sides, walked: Sides, listed: int, dim: int, bytes_: int, kind: Pass,
+    limit: int | None = None,
+) -> Tile:  # fmt: skip
     """The tile of a pass by the work it pads, small enough to stay in registers.
 
     Args:
@@ -61,7 +70,16 @@ def choose(own: Sides, walked: Sides, listed: int, dim: int, bytes_: int, kind: 
         dim: width of a head.
         bytes_: bytes of an element.
         kind: which pass.
+        limit: bytes of shared memory that a program may have; None stands for enough.
     """
+    tiles = list(_smaller(_cheapest(own, walked, listed, dim, bytes_, kind), own, walked, listed))
+    fitting = (t for t in tiles if has_room(t, t.columns, dim, bytes_, kind, limit))
+    return next(fitting, tiles[-1])
+
+
+def _cheapest(
+    own: Sides, walked: Sides, listed: int, dim: int, bytes_: int, kind: Pass
+) -> Tile:  # fmt: skip
     most = 64 if bytes_ == 2 else 32
     side = min((most // 2, most), key=lambda limit: _own_cost(own, limit))
     mine = split(own, side)
@@ -82,6 +100,57 @@ def choose(own: Sides, walked: Sides, listed: int, dim: int, bytes_: int, kind: 
     )
     warps = max(1, rows // 16) * (1 if dim <= 64 else 2)
     return Tile(mine, walk, per, rows, columns, warps, 3 if dim <= 128 else 2)
+
+
+def _smaller(tile: Tile, own: Sides, walked: Sides, listed: int) -> Iterator[Tile]:
+    """The tile, then tiles that need less and less shared memory."""
+    yield tile
+    tile = replace(tile, stages=min(tile.stages, 2))
+    yield tile
+    for limit in (32, 16):
+        if limit < tile.columns:
+            walk, per, columns = _walk(walked, listed, limit)
+            tile = replace(tile, walk=walk, per=per, columns=columns)
+            yield tile
+    for limit in (32, 16):
+        if limit < tile.rows:
+            mine = split(own, limit)
+            rows = block(math.prod(mine))
+            tile = replace(tile, own=mine, rows=rows, warps=max(1, tile.warps * rows // tile.rows))
+            yield tile
+    yield replace(tile, stages=1)
+
+
+def has_room(
+    tile: Tile, columns: int, dim: int, bytes_: int, kind: Pass, limit: int | None
+) -> bool:
+    """Whether a pass that holds so many rows of a step, or of extra tokens, fits into `limit`."""
+    return limit is None or limit >= MEASURED or shared(tile, columns, dim, bytes_, kind) <= limit
+
+
+def shared(tile: Tile, columns: int, dim: int, bytes_: int, kind: Pass) -> int:
+    """Bytes of shared memory of a pass, at most, by what compiled kernels take."""
+    row = block(dim) * bytes_
+    own, step = tile.rows * row * (1 if kind == "forward" else 2), 2 * columns * row
+    walking = own + tile.stages * step
+    scratch = 512  # barriers
+    if bytes_ == 4:
+        # Products of float32 are several of half the bits, whose operands are apart.
+        walking += step // 2
+        scratch += 2 * tile.rows * columns * bytes_
+    # Gradients leave their rows in a layout of their own, or hold a second copy to multiply with.
+    return max(walking, 0 if kind == "forward" else 2 * own + step) + scratch
+
+
+def shared_limit(device: torch.device) -> int | None:
+    """Bytes of shared memory that a program may have on a device; None where it does not tell."""
+    return _limit(device.index or 0) if device.type == "cuda" else None
+
+
+@lru_cache
+def _limit(index: int) -> int | None:
+    told = getattr(torch.cuda.get_device_properties(index), "shared_memory_per_block_optin", 0)
+    return told or None
 
 
 def _own_cost(size: Sides, limit: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from vistoken.kernels.dispatch import on_device
 from vistoken.kernels.routing_regions import Routing
 from vistoken.kernels.routing_tiles import Tile
-from vistoken.kernels.triton_neighborhood import add_keys, extra_block
+from vistoken.kernels.triton_neighborhood import add_keys
 from vistoken.kernels.triton_neighborhood_geometry import load_rows, reciprocal, store_rows
 from vistoken.kernels.triton_neighborhood_launch import LOG2E, extras, rows_packed, wide
 from vistoken.kernels.triton_routing_geometry import (
@@ -27,6 +27,7 @@ from vistoken.kernels.triton_routing_geometry import (
 from vistoken.kernels.triton_routing_launch import (
     LISTS,
     SIZES,
+    extra_rows,
     geometry,
     list_strides,
     plan,
@@ -140,6 +141,6 @@ def forward(
         index.shape[-1], *list_strides(index), heads, heads // k.shape[-2], count,
         k.shape[2] - q.shape[2], scale * LOG2E,
         COUNTED=counts is not None, PADS=routing.pads, CAUSAL=routing.causal,
-        EXTRA=extra_block(count, q), WIDE=wide(q, k, v), **constants,
+        EXTRA=extra_rows(count, q, tile, "forward"), WIDE=wide(q, k, v), **constants,
     )  # fmt: skip
     return out, lse

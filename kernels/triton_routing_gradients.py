@@ -9,10 +9,10 @@ from vistoken.kernels.dispatch import on_device
 from vistoken.kernels.routing_reference import Grads
 from vistoken.kernels.routing_regions import Routing, count_regions, inverse_lists
 from vistoken.kernels.routing_tiles import Tile
-from vistoken.kernels.triton_neighborhood import extra_block
 from vistoken.kernels.triton_neighborhood_launch import LOG2E, extras, rows_packed, wide
 from vistoken.kernels.triton_routing_backward import _key, _query
 from vistoken.kernels.triton_routing_launch import (
+    extra_rows,
     geometry,
     list_strides,
     plan,
@@ -83,8 +83,8 @@ def query_gradient(
         index.shape[-1], *list_strides(index), heads, heads // k.shape[-2], count,
         k.shape[2] - q.shape[2], scale, scale * LOG2E,
         COUNTED=counts is not None, CAUSAL=routing.causal,
-        EXTRA=extra_block(count, q), GRAD_LSE=grad_lse is not None, WIDE=wide(q, k, v, grad),
-        **constants,
+        EXTRA=extra_rows(count, q, tile, "query"), GRAD_LSE=grad_lse is not None,
+        WIDE=wide(q, k, v, grad), **constants,
     )  # fmt: skip
     return dq, delta
 

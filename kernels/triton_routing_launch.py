@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vistoken.kernels.neighborhood_tiles import Pass
 from vistoken.kernels.routing_regions import Sides, count_regions
-from vistoken.kernels.routing_tiles import Tile, choose, parts
+from vistoken.kernels.routing_tiles import Tile, choose, has_room, parts, shared_limit
+from vistoken.kernels.triton_neighborhood import extra_block
 from vistoken.kernels.triton_neighborhood_launch import precision
 
 SIZES = [
@@ -27,20 +28,29 @@ def plan(
     own: Sides, walked: Sides, listed: int, q: Tensor, kind: Pass, tile: Tile | None = None
 ) -> tuple[Tile, dict[str, Any]]:
     """The tile of a pass, chosen or given, and what its kernel is compiled for."""
-    return constants_of(own, walked, listed, q.shape[-1], q.element_size(), kind, tile)
+    dim, limit = q.shape[-1], shared_limit(q.device)
+    return constants_of(own, walked, listed, dim, q.element_size(), kind, tile, limit)
 
 
 def constants_of(
     own: Sides, walked: Sides, listed: int, dim: int, bytes_: int, kind: Pass,
-    tile: Tile | None = None,
+    tile: Tile | None = None, limit: int | None = None,
 ) -> tuple[Tile, dict[str, Any]]:  # fmt: skip
-    """`plan` by what it depends on."""
-    tile = tile or choose(own, walked, listed, dim, bytes_, kind)
+    """`plan` by what it depends on; `limit` is the shared memory of a program."""
+    tile = tile or choose(own, walked, listed, dim, bytes_, kind, limit)
     return tile, {
         "PER": tile.per, "BM": tile.rows, "BN": tile.columns, "D": dim,
         "BLOCK_D": max(16, triton.next_power_of_2(dim)), "PRECISION": precision(bytes_),
         "STAGES": tile.stages, "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
+
+
+def extra_rows(count: int, q: Tensor, tile: Tile, kind: Pass) -> int:
+    """Rows of a block of extra tokens; 16 need no more room than a step of the tile."""
+    rows, limit = extra_block(count, q), shared_limit(q.device)
+    while rows > 16 and not has_room(tile, rows, q.shape[-1], q.element_size(), kind, limit):
+        rows //= 2
+    return rows
 
 
 def programs(x: Tensor, size: Sides, tile: Tile, heads: int) -> tuple[int, int, int]:
