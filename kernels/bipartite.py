@@ -1,4 +1,4 @@
-"""ToMe's matching: which tokens at even positions merge into which at odd positions."""
+"""Bipartite matching: which tokens at even positions merge into which at odd positions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from vistoken.kernels.dispatch import ANY, as_op, use_triton
 from vistoken.kernels.match import unit
 
 
-def bipartite(keys: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge the r even-position tokens with the most similar odd-position partner into it.
+def bipartite(
+    keys: Tensor, prefix: int, r: int, factor: Tensor | None = None, exponent: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge the r even-position tokens with the best-matching odd-position partner into it.
+
+    Pairs are ranked by their cosine (ToMe), or with a factor f by
+    `((cosine + 1) / 2)^exponent * f_i * f_j`.
 
     Slots: prefix tokens, the even-position tokens left over in their order, then all odd-position
     tokens; this order decides who meets whom in the next block.
@@ -19,38 +24,57 @@ def bipartite(keys: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor
         keys: `[B, H, N, d]`, the last stride 1; similarity is the cosine of their mean over heads.
         prefix: tokens at the start that neither merge nor receive.
         r: tokens to merge.
+        factor: `[B, N]` fp32 (fp64 for fp64), at least 0; None ranks by the cosine alone.
+        exponent: above 0; of no effect without a factor.
 
     Returns:
         keep `[B, N - r]`, src `[B, r]` and dst `[B, r]`, int64, as in `Assignment`.
     """
     run = bipartite_op if as_op(keys, ANY) else _bipartite
-    keep, src, dst = run(keys, prefix, r)
+    keep, src, dst = run(keys, prefix, r, factor, exponent)
     return keep, src, dst
 
 
-def _bipartite(keys: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
+def _bipartite(
+    keys: Tensor, prefix: int, r: int, factor: Tensor | None, exponent: float
+) -> tuple[Tensor, Tensor, Tensor]:
     if not use_triton(keys, ANY):
-        return pair_up(cosine_scores(head_mean(keys)), prefix, r)
+        return bipartite_reference(keys, prefix, r, factor, exponent)
     from vistoken.kernels.triton_bipartite import bipartite_triton
 
-    return bipartite_triton(keys, prefix, r)
+    return bipartite_triton(keys, prefix, r, factor, exponent)
 
 
 bipartite_op = torch.library.custom_op(
     "vistoken::bipartite",
     _bipartite,
     mutates_args=(),
-    schema="(Tensor keys, SymInt prefix, SymInt r) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor keys, SymInt prefix, SymInt r, Tensor? factor, float exponent)"
+    " -> (Tensor, Tensor, Tensor)",
 )
 
 
 @bipartite_op.register_fake
-def _(keys: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    keys: Tensor, prefix: int, r: int, factor: Tensor | None, exponent: float
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, _, tokens, _ = keys.shape
     keep, src, dst = (
         keys.new_empty(batch, count, dtype=torch.int64) for count in (tokens - r, r, r)
     )
     return keep, src, dst
+
+
+def bipartite_reference(
+    keys: Tensor, prefix: int, r: int, factor: Tensor | None = None, exponent: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`bipartite` in torch operators."""
+    score = cosine_scores(head_mean(keys))
+    if factor is not None:
+        factor = factor.to(score.dtype)
+        score = ((score + 1) / 2).clamp_min(0) ** exponent
+        score = score * factor[:, None, 1::2] * factor[:, ::2, None]
+    return pair_up(score, prefix, r)
 
 
 def head_mean(keys: Tensor) -> Tensor:

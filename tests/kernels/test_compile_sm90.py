@@ -11,9 +11,10 @@ import pytest
 pytest.importorskip("triton")
 
 PROGRAM = """
-import json, sys
+import json, os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from vistoken.kernels import (
     triton_biased_attention, triton_biased_attention_backward, triton_bipartite, triton_chain,
@@ -24,6 +25,7 @@ KERNELS = {
     "dq": triton_biased_attention_backward._query_gradient,
     "dkv": triton_biased_attention_backward._key_gradient,
     "match": triton_bipartite._match,
+    "match_tiled": triton_bipartite._match_tiled,
     "place": triton_bipartite._place_all,
     "match_and_place": triton_bipartite._match_and_place,
     "normalizer": triton_signals._normalizer,
@@ -33,6 +35,18 @@ KERNELS = {
     "rotate": triton_prefill._rotate_and_store,
     "gate": triton_prefill._silu_times,
 }
+DRY = ("chain", "match_tiled")
+TOOL = get_ptxas(90)
+TOOL = os.path.join(os.path.dirname(getattr(TOOL, "path", TOOL)), "cuobjdump")
+
+def stack(built):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        command = [TOOL, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\\d+)", usage)[1])
+
 for name, types, constants in json.loads(sys.argv[1]):
     kernel = KERNELS[name]
     signature = {}
@@ -44,15 +58,20 @@ for name, types, constants in json.loads(sys.argv[1]):
         else:
             signature[arg] = types.get(arg, "i32")
     values = {(kernel.arg_names.index(k),): v for k, v in constants.items()}
-    source = ASTSource(kernel, signature=signature, constexprs=values)
+    # Rows start at multiples of 16 bytes, as those of models do.
+    even = [i for i, arg in enumerate(kernel.arg_names) if arg in ("sb", "sh", "sn", "key_ptr")]
+    attrs = {(i,): [["tt.divisibility", 16]] for i in even if name == "match_tiled"}
+    source = ASTSource(kernel, signature=signature, constexprs=values, attrs=attrs)
     try:
-        options = {"num_stages": 1 if name == "match" else 2}
+        few = name == "match" or constants.get("BLOCK_D") == 32
+        options = {"num_stages": 1 if few else 3 if name == "match_tiled" else 2}
         if name in ("place", "match_and_place"):
             options["num_warps"] = 8
         built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         shared = built.metadata.shared
         fits = len(built.asm["cubin"]) > 1000 and shared < 227 * 1024
-        print("built" if fits else "too large", name)
+        fits = fits and (name not in DRY or stack(built) == 0)
+        print("built" if fits else "too large", name, constants)
     except Exception as error:
         print("failed", name, constants, error)
 """
@@ -67,6 +86,7 @@ FLOAT = {"partner_ptr": "i32", "alive_ptr": "i1"} | {
         "gain_ptr",
         "row_ptr",
         "score_ptr",
+        "factor_ptr",
         "best_ptr",
         "bias_ptr",
         "value_ptr",
@@ -92,6 +112,14 @@ HALF = {"HEADS": 6, "D": 64, "BLOCK_D": 64, "WIDE": False}
 WIDE = {"HEADS": 12, "D": 48, "BLOCK_D": 64, "WIDE": True}
 CASES.append(("match", {}, {**TILE, **HALF}))
 CASES.append(("match", {"key_ptr": "fp32"}, {**TILE, **WIDE}))
+TILED = {"ROWS": 64, "CHUNK": 128, "HEADS": 1, "D": 384, "BLOCK_D": 64}
+SINGLE = {"ROWS": 64, "CHUNK": 64, "D": 384, "BLOCK_D": 32}
+for linear in (True, False):
+    CASES.append(("match_tiled", {"exponent": "fp32"}, {
+        **TILED, "SCORED": True, "LINEAR": linear, "WIDE": False}))  # fmt: skip
+for heads, kind in ((1, "fp32"), (3, "bf16")):
+    CASES.append(("match_tiled", {"exponent": "fp32", "key_ptr": kind}, {
+        **SINGLE, "HEADS": heads, "SCORED": True, "LINEAR": False, "WIDE": True}))  # fmt: skip
 CASES.append(("match_and_place", {}, {"BLOCK": 128, **HALF}))
 CASES.append(("match_and_place", {"key_ptr": "fp32"}, {"BLOCK": 128, **WIDE}))
 CASES.append(("place", {}, {"BLOCK": 512, "CHUNK": 32}))
@@ -140,4 +168,4 @@ def test_every_kernel_compiles():
     )
     lines = out.stdout.splitlines()
     assert len(lines) == len(CASES), out.stderr[-3000:]
-    assert all(line.startswith("built") for line in lines), lines
+    assert not [line for line in lines if not line.startswith("built")]

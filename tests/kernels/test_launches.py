@@ -26,7 +26,7 @@ from vistoken.kernels import triton_signals as signals
 from vistoken.kernels.attention import log_normalizer_reference
 from vistoken.kernels.biased_attention import biased_attention_reference
 from vistoken.kernels.biased_attention_backward import biased_attention_backward_reference
-from vistoken.kernels.bipartite import cosine_scores, head_mean, pair_up
+from vistoken.kernels.bipartite import bipartite_reference, cosine_scores, head_mean, pair_up
 from vistoken.kernels.chain import Slots, add_reduce_norm_reference
 from vistoken.kernels.dispatch import on_device
 from vistoken.kernels.match import best_match
@@ -102,6 +102,9 @@ def test_matching_takes_any_strides(layout, tokens):
     keys = layout(draw(2, 2, tokens, 16))
     want = pair_up(cosine_scores(head_mean(keys.double())), 1, 5)
     same(bipartite.bipartite_triton(keys, 1, 5), want)
+    factor = layout(draw(2, tokens).exp())
+    want = bipartite_reference(keys.double(), 1, 5, factor.double(), 0.7)
+    same(bipartite.bipartite_triton(keys, 1, 5, factor, 0.7), want)
 
 
 @pytest.mark.parametrize("layout", [every_other, turned])
@@ -161,6 +164,7 @@ def test_keys_far_apart(far, axis):
     want = pair_up(cosine_scores(head_mean(keys.double())), 0, 1)
     assert want[1] == 2
     same(bipartite.bipartite_triton(keys, 0, 1), want)
+    same(bipartite.bipartite_triton(keys, 0, 1, torch.ones(1, 3)), want)
 
 
 @pytest.mark.parametrize("axis", [1, 3])

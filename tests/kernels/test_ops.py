@@ -53,7 +53,11 @@ OPS = {
     "backward": lambda: (biased_attention_backward, goes_back(False)),
     "backward masked": lambda: (biased_attention_backward, goes_back(True)),
     "normalizer": lambda: (attention.log_normalizer_op, (*qkv()[:2], draw(2, 2, 13), 0.3)),
-    "bipartite": lambda: (bipartite.bipartite_op, (qkv()[1], 1, 3)),
+    "bipartite": lambda: (bipartite.bipartite_op, (qkv()[1], 1, 3, None, 1.0)),
+    "bipartite factor": lambda: (
+        bipartite.bipartite_op,
+        (draw(2, 1, 13, 20), 1, 3, draw(2, 13, seed=4).abs(), 0.5),
+    ),
     "rank": lambda: (ranking.rank_tokens_op, (draw(2, 13), 1)),
     "match": lambda: (
         match.best_match_at_op,
@@ -99,7 +103,7 @@ def vit(depth=2):
 
 METHODS = {
     "tome:r=3": {"biased_attention", "bipartite"},
-    "mctf:r=3": {"biased_attention", "log_normalizer"},
+    "mctf:r=3": {"biased_attention", "log_normalizer", "bipartite"},
     "evit:keep_rate=0.6,at=[0,1]": {"rank_tokens"},
     "zero_tprune:keep_rate=0.8,at=[0]": {"log_normalizer"},
     "diffrate:gflops=0.0009": {"biased_attention", "rank_tokens", "best_match_at"},

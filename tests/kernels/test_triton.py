@@ -13,7 +13,7 @@ import vistoken.kernels.chain as chain_module
 import vistoken.kernels.reduce as reduce_module
 from vistoken.kernels import triton_chain
 from vistoken.kernels.biased_attention import biased_attention
-from vistoken.kernels.bipartite import cosine_scores, head_mean, pair_up
+from vistoken.kernels.bipartite import bipartite_reference, cosine_scores, head_mean, pair_up
 from vistoken.kernels.chain import Slots, add_reduce_norm_reference
 from vistoken.kernels.match import best_match
 from vistoken.kernels.ranking import rank_tokens_reference
@@ -101,6 +101,54 @@ def test_bipartite(tokens, prefix, r, dtype):
     expected = pair_up(cosine_scores(head_mean(keys.double())), prefix, r)
     for mine, reference in zip(got, expected, strict=True):
         assert torch.equal(mine, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(12, 1, 24), (41, 1, 150), (131, 3, 24), (270, 1, 72)])
+@pytest.mark.parametrize(("prefix", "exponent"), [(0, 1), (1, 0.4), (5, 3.0)])
+def test_bipartite_with_a_factor(shape, prefix, exponent, dtype):
+    tokens, count, width = shape
+    keys = draw(2, tokens, count, width, seed=tokens).to(dtype).transpose(1, 2)
+    factor = (0.4 * draw(2, tokens, seed=7)).exp()
+    got = bipartite_triton(keys, prefix, 3, factor, exponent)
+    expected = bipartite_reference(keys.double(), prefix, 3, factor.double(), exponent)
+    for mine, reference in zip(got, expected, strict=True):
+        assert torch.equal(mine, reference)
+    plain = bipartite_triton(keys, prefix, 3)
+    for mine, reference in zip(plain, bipartite_reference(keys.double(), prefix, 3), strict=True):
+        assert torch.equal(mine, reference)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_bipartite_of_wide_keys(count):
+    keys = draw(2, count, 70, 200)
+    for mine, other in zip(
+        bipartite_triton(keys, 1, 9), bipartite_reference(keys.double(), 1, 9), strict=True
+    ):
+        assert torch.equal(mine, other)
+
+
+def test_bipartite_with_a_factor_keeps_the_order_of_equal_scores():
+    keys, factor = torch.ones(1, 1, 21, 8, device=DEVICE), torch.full((1, 21), 0.5, device=DEVICE)
+    keys[:, :, 3:9] = 0
+    keys[:, :, 12] = -1
+    got = bipartite_triton(keys, 1, 8, factor, 2.0)
+    for mine, other in zip(got, bipartite_reference(keys, 1, 8, factor, 2.0), strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("where", ["keys", "factor", "one factor"])
+def test_nan_beside_a_factor_leaves_valid_indices_and_batch_mates_alone(where):
+    keys, factor = draw(3, 1, 41, 16), draw(3, 41).abs()
+    clean = bipartite_triton(keys, 1, 5, factor)
+    (keys if where == "keys" else factor)[1, ..., 8 if where == "one factor" else slice(None)] = (
+        float("nan")
+    )
+    for mine, other in zip(bipartite_triton(keys, 1, 5, factor), clean, strict=True):
+        assert torch.equal(mine[[0, 2]], other[[0, 2]])
+        assert int(mine[1].min()) >= 0 and int(mine[1].max()) < 41
+    members = torch.cat([bipartite_triton(keys, 1, 5, factor)[i][1] for i in (0, 1)])
+    assert torch.equal(members.sort().values, torch.arange(41, device=DEVICE))
 
 
 def test_bipartite_with_equal_scores_keeps_the_order():

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from vistoken.kernels.bipartite import cosine_scores, pair_up
+from vistoken.kernels.bipartite import bipartite
 from vistoken.methods.base import Features, Need, require
 from vistoken.methods.tome import ToMe
 from vistoken.schedule import Step
@@ -51,14 +49,9 @@ class MCTF(ToMe):
         assert features.received is not None
         similar, informed, small = (1.0 / t for t in self.temperatures)
         size = state.sizes(features.x)
-        attention = features.received.clamp_min(1e-12).to(features.received.dtype)
-        cosine = cosine_scores(features.x)
-        score = ((cosine + 1) / 2).clamp_min(0) ** similar
-        score = score * _outer(attention) ** -informed * _outer(size).to(score.dtype) ** -small
-        keep, src, dst = pair_up(score, state.prefix, step.tokens - step.merged)
+        attention = features.received.clamp_min(1e-12)
+        # The score of a pair is one of its similarity times one of each token.
+        factor = attention**-informed * size**-small
+        removed = step.tokens - step.merged
+        keep, src, dst = bipartite(features.x[:, None], state.prefix, removed, factor, similar)
         return Assignment(keep=keep, src=src, dst=dst, weight=attention * size)
-
-
-def _outer(value: Tensor) -> Tensor:
-    """Products of even-position with odd-position values `[B, N] -> [B, N_even, N_odd]`."""
-    return value[:, ::2, None] * value[:, None, 1::2]
