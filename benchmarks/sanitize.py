@@ -17,7 +17,7 @@ import torch
 from vistoken.kernels.attention import log_normalizer
 from vistoken.kernels.biased_attention import biased_attention
 from vistoken.kernels.bipartite import bipartite
-from vistoken.kernels.chain import Slots, add_reduce_norm
+from vistoken.kernels.chain import Slots, add_reduce_norm, reduce_slots
 from vistoken.kernels.decode_attention import decode_attention
 from vistoken.kernels.decode_linear import decode_linear, tiles
 from vistoken.kernels.farthest import farthest_first
@@ -25,7 +25,6 @@ from vistoken.kernels.match import best_match_at
 from vistoken.kernels.neighborhood import na1d, na2d, na3d
 from vistoken.kernels.prefill import rotate_and_store, silu_times
 from vistoken.kernels.ranking import rank_tokens
-from vistoken.kernels.reduce import reduce_tokens
 from vistoken.kernels.routing import block_list_attention, routed_attention
 from vistoken.kernels.routing_regions import route
 
@@ -76,7 +75,8 @@ def reduction():
             add_reduce_norm(x, x, draw(width), Slots(keep, src, dst, size), size, norm)
             add_reduce_norm(x, None, None, Slots(keep, src, dst, None, gain), size, norm)
             add_reduce_norm(x, None, None, Slots(keep), size, norm)
-            reduce_tokens(x, keep, src, dst, size)
+            add_reduce_norm(x, x, None, Slots(keep, src, dst, size, rule="mlerp"), size, norm)
+            reduce_slots(x, Slots(keep, src, dst, size, rule="sum"))
             order = rank_tokens(torch.rand(batch, tokens), prefix)
             best_match_at(x, order[:, 20:], order[:, :20])
             best_match_at(x, order[:, :3], order[:, 3:])
@@ -100,8 +100,10 @@ def neighborhood():
 
 def regions():
     """The choice of regions: means, scores and lists."""
-    for grid, size, heads, dim in [((7, 9), (3, 4), 4, 24), ((9, 10), (1, 1), 1, 8),
-                                   ((9, 11), (5, 6), 4, 32), ((5, 5), (5, 2), 6, 80)]:  # fmt: skip
+    for grid, size, heads, dim in [
+        ((7, 9), (3, 4), 4, 24), ((9, 10), (1, 1), 1, 8), ((9, 11), (5, 6), 4, 32),
+        ((5, 5), (5, 2), 6, 80), ((37, 37), (7, 6), 6, 32),
+    ]:  # fmt: skip
         for shared, dtype in ((1, HALF), (heads // 2 or 1, SINGLE)):
             q, k = draw(2, *grid, heads, dim, dtype=dtype), draw(2, *grid, shared, dim, dtype=dtype)
             for per_head in (False, True):
