@@ -24,6 +24,12 @@ ROWS = 16
 LOADS = 2048
 """Values of queries, and as many of keys, that a warp has on their way at once."""
 
+MAX_TOGETHER = 2**18
+"""Most values of an image's queries for lists by one launch."""
+
+AHEAD = 2**14
+"""Bytes of keys that a step of such a launch reads; with `blocks`' stages 96 KiB are shared."""
+
 
 @triton.jit(do_not_specialize=["nx", "ny", "size_x", "size_y", "regions", "heads", "key_heads"])
 def _means(
@@ -63,6 +69,23 @@ def _means(
              mask=known & some_k[None, :])  # fmt: skip
 
 
+@triton.jit
+def _rank(score, list_ptr, own, other, h, b, regions, listed, BN: tl.constexpr):
+    """Stores the best of each row in falling order, lower numbers first in ties."""
+    # Score and number in one word: a row's best takes one maximum, and its removal one comparison.
+    bits = score.to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    word = (bits << 32) | (BN - 1 - other).to(tl.int64)[None, :]
+    least = -0x7FFFFFFFFFFFFFFF
+    word = tl.where((other < regions)[None, :], word, least)
+    line = (b * tl.num_programs(1) + h).to(tl.int64) * regions
+    list_ptr += (line + own) * listed
+    for nth in range(0, listed):
+        best = tl.max(word, 1)
+        tl.store(list_ptr + nth, BN - 1 - (best & 0xFFFFFFFF).to(tl.int32), mask=own < regions)
+        word = tl.where(word == best[:, None], least, word)
+
+
 @triton.jit(do_not_specialize=["regions", "listed", "heads", "group"])
 def _best(
     mean_q_ptr, mean_k_ptr, list_ptr, regions, listed, heads, group,
@@ -87,18 +110,65 @@ def _best(
         at = other[:, None] * (heads // group * D) + channel[None, :]
         k = tl.load(mean_k_ptr + at, mask=kept & (other < regions)[:, None], other=0.0)
         score = tl.dot(q, tl.trans(k), score, input_precision=PRECISION)
-    # Score and number in one word: a row's best takes one maximum, and its removal one comparison.
-    bits = score.to(tl.int32, bitcast=True)
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-    word = (bits << 32) | (BN - 1 - other).to(tl.int64)[None, :]
-    least = -0x7FFFFFFFFFFFFFFF
-    word = tl.where((other < regions)[None, :], word, least)
-    line = (b * tl.num_programs(1) + h).to(tl.int64) * regions
-    list_ptr += (line + own) * listed
-    for nth in range(0, listed):
-        best = tl.max(word, 1)
-        tl.store(list_ptr + nth, BN - 1 - (best & 0xFFFFFFFF).to(tl.int32), mask=own < regions)
-        word = tl.where(word == best[:, None], least, word)
+    _rank(score, list_ptr, own, other, h, b, regions, listed, BN)
+
+
+@triton.jit
+def _corners(region, nx, ny, size_x, size_y, sx, sy, WIDE: tl.constexpr):
+    """Where regions begin, and their rows and columns; those behind the last have no rows."""
+    across = tl.cdiv(ny, size_y)
+    x, y = region // across * size_x, region % across * size_y
+    return place(x, y, sx, sy, WIDE), tl.minimum(size_x, nx - x), tl.minimum(size_y, ny - y)
+
+
+@triton.jit(do_not_specialize=["nx", "ny", "size_x", "size_y", "regions", "listed", "heads",
+                               "group", "steps"])  # fmt: skip
+def _choose(
+    q_ptr, k_ptr, list_ptr, sqb, sqx, sqy, sqh, skb, skx, sky, skh,
+    nx, ny, size_x, size_y, regions, listed, heads, group, steps,
+    PER_HEAD: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Means, scores and lists of `BR` regions; the means never leave the program."""
+    own, h, b = tl.program_id(0) * BR + tl.arange(0, BR), tl.program_id(1), tl.program_id(2)
+    other = tl.arange(0, BN)
+    begin, end = 0, heads * D
+    if PER_HEAD:
+        begin, end = h * D, h * D + D
+    at_q, high_q, long_q = _corners(own, nx, ny, size_x, size_y, sqx, sqy, WIDE)
+    at_k, high_k, long_k = _corners(other, nx, ny, size_x, size_y, skx, sky, WIDE)
+    q_ptr += b.to(tl.int64) * sqb + at_q[None, :, None]
+    k_ptr += b.to(tl.int64) * skb + at_k[None, :, None]
+    share_q = (1.0 / tl.maximum(high_q * long_q, 1).to(tl.float32))[:, None]
+    share_k = (1.0 / tl.maximum(high_k * long_k, 1).to(tl.float32))[:, None]
+    score = tl.zeros([BR, BN], tl.float32)
+    total_q, total_k = tl.zeros([BR, BC], tl.float32), tl.zeros([BN, BC], tl.float32)
+    # One loop over channels and tokens, so that the next values are always on their way.
+    for turn in tl.range(0, tl.cdiv(end - begin, BC) * steps, num_stages=STAGES):
+        channel = begin + turn // steps * BC + tl.arange(0, BC)
+        some = (channel < end)[None, None, :]
+        column_q = place(channel // D, channel % D, sqh, 1, WIDE)[None, None, :]
+        column_k = place(channel // D // group, channel % D, skh, 1, WIDE)[None, None, :]
+        # Tokens come first, so that a thread has all of a region's and sums without the others.
+        # They are counted as if no region were ragged: their places are the same in all.
+        nth = turn % steps * BT + tl.arange(0, BT)
+        x = nth // size_y
+        y = (nth - x * size_y)[:, None]
+        x = x[:, None]
+        there_q = ((x < high_q[None, :]) & (y < long_q[None, :]))[:, :, None]
+        there_k = ((x < high_k[None, :]) & (y < long_k[None, :]))[:, :, None]
+        q = tl.load(q_ptr + place(x, y, sqx, sqy, WIDE)[:, :, None] + column_q,
+                    mask=there_q & some, other=0.0)  # fmt: skip
+        k = tl.load(k_ptr + place(x, y, skx, sky, WIDE)[:, :, None] + column_k,
+                    mask=there_k & some, other=0.0)  # fmt: skip
+        total_q += tl.sum(q.to(tl.float32), 0)
+        total_k += tl.sum(k.to(tl.float32), 0)
+        if turn % steps == steps - 1:
+            score = tl.dot(total_q * share_q, tl.trans(total_k * share_k), score,
+                           input_precision=PRECISION)  # fmt: skip
+            total_q, total_k = tl.zeros([BR, BC], tl.float32), tl.zeros([BN, BC], tl.float32)
+    _rank(score, list_ptr, own, other, h, b, regions, listed, BN)
 
 
 def share(channels: int, tokens: int, regions: int) -> tuple[int, int, int]:
@@ -109,13 +179,54 @@ def share(channels: int, tokens: int, regions: int) -> tuple[int, int, int]:
     return min(LOADS // block_c // block_t, triton.next_power_of_2(regions)), block_t, block_c
 
 
+def together(channels: int, grid: Sides, regions: int) -> bool:
+    """Whether one program reads a whole image for its lists; larger ones are read by many."""
+    return regions <= 64 and channels * math.prod(grid) <= MAX_TOGETHER
+
+
+def blocks(channels: int, tokens: int, regions: int, bytes_: int) -> dict[str, int]:
+    """Own and other regions, tokens and channels of a step of `_choose`, its stages and warps."""
+    other = max(16, triton.next_power_of_2(regions))
+    block_c = max(16, min(128 // bytes_, triton.next_power_of_2(channels)))
+    block_t = max(1, min(AHEAD // bytes_ // other // block_c, triton.next_power_of_2(tokens)))
+    return {"BR": min(32, other), "BN": other, "BT": block_t, "BC": block_c,
+            "STAGES": 3, "num_warps": 8}  # fmt: skip
+
+
 @on_device
 def route(q: Tensor, k: Tensor, size: Sides, topk: int, per_head: bool) -> Tensor:
     """See `vistoken.kernels.routing_regions.route`."""
     q, k = rows_packed(q), rows_packed(k)
+    batch, rows, columns, heads, dim = q.shape
+    regions = math.prod(count_regions((rows, columns), size))
+    lists = q.new_empty(batch, heads if per_head else 1, regions, min(topk, regions),
+                        dtype=torch.int32)  # fmt: skip
+    channels = dim if per_head else heads * dim
+    if together(channels, (rows, columns), regions):
+        choose_at_once(
+            q, k, lists, size, blocks(channels, math.prod(size), regions, q.element_size())
+        )
+    else:
+        choose_by_means(q, k, lists, size)
+    return lists
+
+
+def choose_at_once(q: Tensor, k: Tensor, lists: Tensor, size: Sides, block: dict[str, int]) -> None:
+    """Fills lists in one launch, the best for small images."""
     batch, *grid, heads, dim = q.shape
+    _, lines, regions, listed = lists.shape
+    _choose[-(-regions // block["BR"]), lines, batch](
+        q, k, lists, *strides(q), *strides(k), *grid, *size, regions, listed, heads,
+        heads // k.shape[-2], -(-size[0] * size[1] // block["BT"]), PER_HEAD=lines > 1, D=dim,
+        WIDE=wide(q, k), PRECISION=precision(4), **block,
+    )  # fmt: skip
+
+
+def choose_by_means(q: Tensor, k: Tensor, lists: Tensor, size: Sides) -> None:
+    """Fills lists in two launches; all of the GPU reads, however few images there are."""
+    batch, *grid, heads, dim = q.shape
+    _, lines, regions, listed = lists.shape
     key_heads = k.shape[-2]
-    regions = math.prod(count_regions((grid[0], grid[1]), size))
     mean_q = q.new_empty(batch, regions, heads * dim, dtype=torch.float32)
     mean_k = q.new_empty(batch, regions, key_heads * dim, dtype=torch.float32)
     block_r, block_t, block_c = share(heads * dim, size[0] * size[1], regions)
@@ -123,15 +234,12 @@ def route(q: Tensor, k: Tensor, size: Sides, topk: int, per_head: bool) -> Tenso
         q, k, mean_q, mean_k, *strides(q), *strides(k), *grid, *size, regions, heads, key_heads,
         D=dim, BR=block_r, BT=block_t, BC=block_c, WIDE=wide(q, k), num_warps=1,
     )  # fmt: skip
-    lists = q.new_empty(batch, heads if per_head else 1, regions, min(topk, regions),
-                        dtype=torch.int32)  # fmt: skip
     block = max(16, triton.next_power_of_2(regions))
-    _best[-(-regions // ROWS), lists.shape[1], batch](
-        mean_q, mean_k, lists, regions, lists.shape[-1], heads, heads // key_heads,
-        PER_HEAD=per_head, D=dim, BR=ROWS, BN=block, BC=64 if block <= 64 else 16,
+    _best[-(-regions // ROWS), lines, batch](
+        mean_q, mean_k, lists, regions, listed, heads, heads // key_heads,
+        PER_HEAD=lines > 1, D=dim, BR=ROWS, BN=block, BC=64 if block <= 64 else 16,
         PRECISION=precision(4), num_warps=4,
     )  # fmt: skip
-    return lists
 
 
 @triton.jit(do_not_specialize=["entries", "listed", "total"])

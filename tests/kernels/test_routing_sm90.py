@@ -97,6 +97,10 @@ for block, channels, dim in ((16, 64, 24), (64, 64, 32), (128, 16, 80), (256, 16
     build(f"best {block}", lists._best, {
         "PER_HEAD": dim != 32, "D": dim, "BR": lists.ROWS, "BN": block, "BC": channels,
         "PRECISION": "tf32x3"})
+for channels, tokens, dim, heads in ((384, 4, 32, 1), (192, 16, 32, 1), (24, 49, 24, 6)):
+    build(f"choose {channels}", lists._choose, {
+        "PER_HEAD": heads > 1, "D": dim, "WIDE": False, "PRECISION": "tf32x3",
+        **lists.blocks(channels, tokens, 49, 2)})
 build("invert", lists._invert, {"COUNTED": True, "BLOCK": 1024, "num_warps": 1})
 """
 
@@ -109,5 +113,5 @@ def test_routing_kernels_compile():
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment
     )
     lines = out.stdout.splitlines()
-    assert len(lines) == 34, out.stderr[-3000:]
+    assert len(lines) == 37, out.stderr[-3000:]
     assert all(line.startswith("built") for line in lines), lines
