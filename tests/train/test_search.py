@@ -239,12 +239,13 @@ def test_a_model_without_a_number_of_classes_is_learned(model, loader, tmp_path:
     assert learn_schedule(Plain(model), loader, target_speedup=1.2, steps=2).depth == 3
 
 
+@pytest.mark.parametrize("operator", ["diffrate", "tome"])
 @pytest.mark.parametrize("cost", ["flops", "latency"])
-def test_a_step_asks_the_device_for_no_value(model, cost, tmp_path) -> None:
+def test_a_step_asks_the_device_for_no_value(model, operator, cost, tmp_path) -> None:
     """It would wait for the device, and a CUDA graph could not hold it."""
     table = table_of(model).save(tmp_path / "table.json") if cost == "latency" else None
     learning = RateLearning(
-        backbone=model, cost=cost, target_speedup=1.2, distill=1.0,
+        backbone=model, operator=operator, cost=cost, target_speedup=1.2, distill=1.0,
         latency_table=None if table is None else str(table),
     )  # fmt: skip
     learning.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)

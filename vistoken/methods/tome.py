@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from vistoken.errors import ScheduleError
@@ -79,6 +80,26 @@ class ToMe(Method):
         r = step.tokens - step.merged
         keep, src, dst = bipartite(features.keys, state.prefix, r)
         return Assignment(keep=keep, src=src, dst=dst, weight=state.size)
+
+    @classmethod
+    def from_schedule(cls, schedule: Schedule | str | Path) -> Self:
+        """The numbers r per block of a schedule that only merges, as rate learning exports it.
+
+        Args:
+            schedule: a `Schedule`, or the path of a file written by `Schedule.save`.
+
+        Raises:
+            ScheduleError: the schedule prunes.
+        """
+        if not isinstance(schedule, Schedule):
+            schedule = Schedule.load(schedule)
+        for step in schedule.steps:
+            if step.pruned < step.tokens:
+                raise ScheduleError(
+                    f"block {step.block} prunes {step.tokens - step.pruned} tokens; {cls.name} "
+                    "only merges: load the schedule with DiffRate(schedule=...)"
+                )
+        return cls(r=tuple(step.tokens - step.merged for step in schedule.steps))
 
     @classmethod
     def at_gflops(cls, shape: ModelShape, gflops: float) -> Self:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from vistoken.errors import ConfigError, ScheduleError
 from vistoken.flops import count_macs
 from vistoken.latency import LatencyTable
-from vistoken.methods import DiffRate
+from vistoken.methods import DiffRate, Method
 from vistoken.schedule import Schedule, solve, weakest
 from vistoken.shape import ModelShape
 from vistoken.train.rates import Plan, Rates
@@ -41,29 +43,38 @@ class Cost(nn.Module):
         """Cost of a schedule."""
         raise NotImplementedError
 
-    def closest(self, target: float) -> Schedule:
-        """The weakest closed-form counts that cost at most `target`.
+    def closest(self, target: float, method: type[Method] = DiffRate) -> Schedule:
+        """The weakest counts of a method, without learning, that cost at most `target`.
 
         Raises:
             ScheduleError: none is that cheap.
         """
 
+        def counts(share: float) -> Schedule:
+            return method.at_gflops(self.shape, share * count_macs(self.shape) / 1e9).plan(
+                self.shape
+            )
+
         def cost(share: float) -> float | None:
             try:
-                method = DiffRate.at_gflops(self.shape, share * count_macs(self.shape) / 1e9)
-                return self.exactly(method.plan(self.shape))
+                return self.exactly(counts(share))
             except ScheduleError:
                 return None
 
         share, lowest = weakest(target, cost)
         if share is None:
             raise ScheduleError(
-                f"a cost of {target:.4g} {self.unit} is out of reach: closed-form counts go down "
+                f"a cost of {target:.4g} {self.unit} is out of reach: unlearned counts go down "
                 f"to {lowest:.4g} {self.unit}, from {self.dense:.4g} {self.unit} without reduction"
             )
-        return DiffRate.at_gflops(self.shape, share * count_macs(self.shape) / 1e9).plan(self.shape)
+        return counts(share)
 
-    def meet(self, schedule: Schedule, target: float) -> Schedule:
+    def meet(
+        self,
+        schedule: Schedule,
+        target: float,
+        allowed: Callable[[Schedule], Schedule] = lambda schedule: schedule,
+    ) -> Schedule:
         """A schedule of the same form that uses up the target: all removals by one factor.
 
         Blocks that rest go on resting.
@@ -71,6 +82,7 @@ class Cost(nn.Module):
         Args:
             schedule: counts that cost more or less than the target.
             target: wanted cost.
+            allowed: brings counts to what the operator can do.
 
         Raises:
             ScheduleError: no factor up to 4 makes it that cheap.
@@ -82,7 +94,8 @@ class Cost(nn.Module):
                 [max(fewest, shape.tokens - round(factor * (shape.tokens - n))) for n in pair]
                 for pair in schedule.counts
             ]
-            return Schedule.from_lists(shape.tokens, shape.prefix, *zip(*kept, strict=True))
+            counts = Schedule.from_lists(shape.tokens, shape.prefix, *zip(*kept, strict=True))
+            return allowed(counts)
 
         return scaled(solve(target, 0.0, 4.0, lambda factor: self.exactly(scaled(factor))))
 
@@ -178,12 +191,7 @@ def resolve_target(cost: Cost, target_gflops: float | None, target_speedup: floa
 
 def check_reachable(cost: Cost, rates: Rates, target: float) -> None:
     """Raise `ScheduleError` for a target that no counts of the learned blocks can meet."""
-    shape = rates.shape
-    fewest = rates.fewest
-    counts = [(shape.tokens, shape.tokens)] * shape.depth
-    for block in range(rates.blocks[0], shape.depth):
-        counts[block] = (fewest, fewest)
-    lowest = cost.exactly(Schedule(shape.tokens, shape.prefix, tuple(counts)))
+    lowest = cost.exactly(rates.fewest_counts())
     if not lowest <= target < cost.dense:
         share = cost.dense / target
         raise ScheduleError(

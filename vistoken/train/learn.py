@@ -1,4 +1,7 @@
-"""Learning how many tokens every block keeps, with Lightning (DiffRate, Chen et al., ICCV 2023)."""
+"""Learning how many tokens every block keeps, with Lightning (DiffRate, Chen et al., ICCV 2023).
+
+The paper learns the counts of its own operator. Here they can also be those of ToMe.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,14 @@ from torchmetrics.classification import MulticlassAccuracy
 from vistoken.api import attachment_of, shape_of, unwrap, wrap
 from vistoken.errors import ConfigError
 from vistoken.latency import LatencyTable
-from vistoken.methods import DiffRate
+from vistoken.methods import DiffRate, Method
 from vistoken.schedule import Schedule
 from vistoken.train.backbone import layer_groups, make_backbone
 from vistoken.train.costs import Cost, FlopsCost, LatencyCost, check_reachable, resolve_target
 from vistoken.train.graphed import GraphedLosses
 from vistoken.train.masked import simulate, twin
 from vistoken.train.matching import Matching
+from vistoken.train.operators import operator_named
 from vistoken.train.order import StepSeeds
 from vistoken.train.rates import Carry, Rates, initial_schedule
 from vistoken.train.report import DataWait, RateReport
@@ -45,6 +49,8 @@ class RateLearning(LightningModule):  # type: ignore[misc]
         checkpoint: local weights.
         num_classes: classes, where they differ from those of the weights.
         model_args: further arguments of `timm.create_model`.
+        operator: whose counts are learned: `diffrate` prunes and merges what the class token
+            attends least, `tome` merges what is most alike.
         cost: what is to be met, `flops` or measured `latency`.
         target_gflops: wanted GFLOPs of one image.
         target_speedup: wanted speed-up over the dense model, of FLOPs or of milliseconds.
@@ -52,8 +58,8 @@ class RateLearning(LightningModule):  # type: ignore[misc]
         latency_batch: images per batch that the speed-up is wanted for.
         cost_weight: weight of the squared gap.
         cost_unit: `g`, the gap counts in GFLOPs or ms; `share`, in hundredths of the dense cost.
-        blocks: blocks whose counts are learned; None takes all but the first, and but the last
-            where the head averages patches.
+        blocks: blocks whose counts are learned; None takes all but the first (`tome`: all), and but
+            the last where the head averages patches.
         granularity: distance of the candidate counts.
         init: `target`, `uniform`, `identity`, a schedule file, or a method such as `tome:r=13`.
         spread: width in patches of the distributions around the first counts.
@@ -85,6 +91,7 @@ class RateLearning(LightningModule):  # type: ignore[misc]
         checkpoint: str | None = None,
         num_classes: int | None = None,
         model_args: dict[str, Any] | None = None,
+        operator: Literal["diffrate", "tome"] = "diffrate",
         cost: Literal["flops", "latency"] = "flops",
         target_gflops: float | None = None,
         target_speedup: float | None = None,
@@ -117,20 +124,21 @@ class RateLearning(LightningModule):  # type: ignore[misc]
         super().__init__()
         self.save_hyperparameters(ignore=["backbone"])
         self._check()
+        self.operator = operator_named(operator)
         if backbone is None:
             more = {"drop_path_rate": drop_path} if drop_path else {}
             options = {**(model_args or {}), **more}
             backbone = make_backbone(model_name, pretrained, checkpoint, num_classes, **options)
         self.backbone = backbone.eval().requires_grad_(finetune)
         shape = shape_of(self.backbone)
-        self.rates = Rates(shape, blocks, granularity, spread, carry)
+        self.rates = self.operator.rates(shape, blocks, granularity, spread, carry)
         self.matching = Matching(self.rates, matching) if matching else None
         # Not submodules: neither is part of a checkpoint, or of what optimisers and DDP see.
         self._aside = {
             "evaluator": twin(self.backbone),
             "teacher": twin(self.backbone, shared=not finetune),
         }
-        simulate(self.backbone, self.rates, self.matching)
+        simulate(self.backbone, self.rates, self.matching, self.operator.simulation)
         self.register_buffer("weight", torch.tensor(float(cost_weight)), persistent=False)
         self._graphed: GraphedLosses | None = None
         self.cost: Cost | None = None
@@ -151,6 +159,11 @@ class RateLearning(LightningModule):  # type: ignore[misc]
             raise ConfigError("labels=0 and distill=0: nothing is left that speaks for keeping")
         if given["drop_path"] and not given["finetune"]:
             raise ConfigError("drop_path is for finetune=true; a frozen backbone runs as it is")
+        if given["matching"] and given["operator"] != "diffrate":
+            raise ConfigError(
+                f"matching={given['matching']}: features are learned for operator='diffrate' only; "
+                f"{given['operator']!r} matches by keys"
+            )
         allowed = {
             "cost": ("flops", "latency"),
             "cost_unit": ("g", "share"),
@@ -182,7 +195,7 @@ class RateLearning(LightningModule):  # type: ignore[misc]
             check_reachable(self.cost, self.rates, self.target)
             shape = self.rates.shape
             if given["init"] == "target":
-                start: Schedule | None = self.cost.closest(self.target)
+                start: Schedule | None = self.cost.closest(self.target, self.operator.method)
             else:
                 start = initial_schedule(shape, given["init"])
             if start is not None:
@@ -208,7 +221,7 @@ class RateLearning(LightningModule):  # type: ignore[misc]
         device = self.trainer.strategy.root_device
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = twin(self._aside["evaluator"], shared=False).to(device, dtype)
-        return LatencyTable.cached(model, batch=given["latency_batch"], method="diffrate")
+        return LatencyTable.cached(model, batch=given["latency_batch"], method=given["operator"])
 
     def train(self, mode: bool = True) -> RateLearning:
         """Training mode, but a frozen backbone stays in eval mode."""
@@ -359,15 +372,18 @@ class RateLearning(LightningModule):  # type: ignore[misc]
 
     # Results --------------------------------------------------------------------------------------
 
-    def method(self) -> DiffRate:
+    def method(self) -> Method:
         """The method with the learned counts (and features), as inference runs it."""
         schedule = self.rates.schedule()
         if self.matching is None:
-            return DiffRate(schedule=schedule)
+            return self.operator.build(schedule)
         return DiffRate(schedule=schedule, features=self.matching.features())
 
     def export(self, folder: str | Path) -> Path:
-        """Write `schedule.json` (and `features.safetensors`) for `DiffRate(schedule=...)`."""
+        """Write `schedule.json` (and `features.safetensors`), for `DiffRate(schedule=...)`.
+
+        Counts of ToMe are for `ToMe.from_schedule(...)`.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.matching is not None:

@@ -1,6 +1,6 @@
 """Reduction without removal: tokens stay in their places, a mask says which of them are alive.
 
-In training every block sees all N0 tokens, so that counts can have gradients. What `DiffRate` does
+In training every block sees all N0 tokens, so that counts can have gradients. What the method does
 with the same counts is simulated exactly: dead tokens are no keys but their own, sources join their
 partners as in the real merge, sizes grow alike, and pooling weighs the living. Positions never
 move, so rotary tables need no care.
@@ -9,8 +9,7 @@ move, so rotary tables need no care.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +32,7 @@ from vistoken.methods import DiffRate
 from vistoken.models.detect import find
 from vistoken.schedule import Schedule
 from vistoken.state import Frame, TokenState
-from vistoken.tap import Tap
+from vistoken.tap import Collect, Tap
 from vistoken.train.matching import Matching
 from vistoken.train.merging import best_partners, hard_shares, merge_in_place
 from vistoken.train.rates import Plan, Rates
@@ -67,21 +66,16 @@ class MaskedState(TokenState):
 
 
 class MaskedTap(Tap):
-    """Attention among the living, with the class row of the block.
+    """Attention among the living.
 
     Args:
         state: the tokens that enter the block.
-        cls: class tokens.
-        collect: receives the class row `[B, N0]`; None reads none.
+        collect: receives q, k `[B, H, N0, d]`, the size bias and the scale; None collects nothing.
     """
 
-    def __init__(
-        self, state: MaskedState, cls: int, collect: Callable[[Tensor], None] | None
-    ) -> None:
-        super().__init__(lambda key: None, None, lambda: None)
+    def __init__(self, state: MaskedState, collect: Collect | None) -> None:
+        super().__init__(lambda key: None, collect, lambda: None)
         self.state = state
-        self.cls = cls
-        self.row = collect
 
     def attend(
         self,
@@ -113,20 +107,23 @@ class MaskedTap(Tap):
             out = biased_attention(query, key, value, bias, scale, alive=alive)[0]
         else:
             out = biased_attention_reference(query, key, value, bias, scale, 0, alive)[0]
-        if self.row is not None:
+        if self.collect is not None:
             with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-                self.row(class_row(query[:, :, : self.cls], key, bias, scale, alive))
+                self.collect(query, key, bias, scale)
         return out
 
 
 class Simulation(Attachment):
-    """The hooks of a model whose counts are being learned.
+    """The hooks of a model whose counts are being learned: DiffRate's pruning and merging.
 
     Args:
         rates: the counts.
         matching: learned matching features, or None to match the residual stream.
         given: the other arguments of `Attachment`.
     """
+
+    reads_class: ClassVar[bool] = True
+    """Whether the operator needs a class token."""
 
     def __init__(self, rates: Rates, matching: Matching | None, *given: Any) -> None:
         super().__init__(*given)
@@ -160,10 +157,16 @@ class Simulation(Attachment):
         if state.alive is None and not learned:
             return None
 
-        def collect(row: Tensor) -> None:
-            frame.features[block] = {"class_row": row}
+        def collect(query: Tensor, key: Tensor, bias: Tensor | None, scale: float) -> None:
+            frame.features[block] = self.signals(query, key, bias, scale, state.alive)
 
-        return MaskedTap(state, self.shape.cls, collect if learned else None)
+        return MaskedTap(state, collect if learned else None)
+
+    def signals(
+        self, q: Tensor, k: Tensor, bias: Tensor | None, scale: float, alive: Tensor | None
+    ) -> dict[str, Any]:
+        """What the operator reads of a block's attention."""
+        return {"class_row": class_row(q[:, :, : self.shape.cls], k, bias, scale, alive)}
 
     def pool_tap(self) -> Tap | None:
         """No pool by attention is ever simulated."""
@@ -178,16 +181,16 @@ class Simulation(Attachment):
         if signals is None:
             raise TapError(f"no fused attention call passed through block {block}")
         with torch.autocast(x.device.type, enabled=False):
-            after, merged = self._reduce(block, x, state, signals["class_row"])
+            after, merged = self.reduce(block, x, state, signals)
         if frame.states[block + 1] is None:  # else activation checkpointing recomputes
             frame.states[block + 1] = after
         return merged
 
-    def _reduce(
-        self, block: int, x: Tensor, state: MaskedState, row: Tensor
+    def reduce(
+        self, block: int, x: Tensor, state: MaskedState, signals: dict[str, Any]
     ) -> tuple[MaskedState, Tensor]:
         """State and residual stream after one block's pruning and merging."""
-        place = self.index[block]
+        place, row = self.index[block], signals["class_row"]
         order = _rank(row, state)
         # The inverse of a permutation: ranks by token.
         rank = torch.empty_like(order).scatter_(
@@ -269,13 +272,19 @@ def _rank(row: Tensor, state: MaskedState) -> Tensor:
     return take(state.order, rank_tokens(take(row, state.order), state.prefix))
 
 
-def simulate(model: nn.Module, rates: Rates, matching: Matching | None = None) -> Simulation:
+def simulate(
+    model: nn.Module,
+    rates: Rates,
+    matching: Matching | None = None,
+    kind: type[Simulation] = Simulation,
+) -> Simulation:
     """Attach the simulation to a model, in place.
 
     Args:
-        model: a supported model with a class token that carries no method.
+        model: a supported model that carries no method; with a class token if `kind` reads it.
         rates: the counts, made for its shape.
         matching: learned matching features.
+        kind: the operator.
 
     Returns:
         The attachment; `release` takes it off.
@@ -290,11 +299,12 @@ def simulate(model: nn.Module, rates: Rates, matching: Matching | None = None) -
     backbone = find(model)
     if backbone.shape != rates.shape:
         raise UnsupportedBackboneError("the rates were made for a model of another shape")
-    check_learnable(backbone.spec.readout(backbone.host), backbone.shape.cls, backbone.shape.pool)
+    readout, shape = backbone.spec.readout(backbone.host), backbone.shape
+    check_learnable(readout, shape.cls, shape.pool, kind.reads_class)
     tokens, prefix, depth = rates.shape.tokens, rates.shape.prefix, rates.shape.depth
     dense = Schedule(tokens, prefix, ((tokens, tokens),) * depth)
     found = (backbone.spec, DiffRate(schedule=dense), backbone.shape, backbone.host)
-    simulation = Simulation(rates, matching, *found, backbone.blocks, "nearest")
+    simulation = kind(rates, matching, *found, backbone.blocks, "nearest")
     attach(simulation)
     ahead = backbone.host.register_forward_pre_hook(PlanAhead(simulation))
     simulation.handles.append(ahead)
@@ -307,11 +317,12 @@ def release(model: nn.Module) -> None:
     detach(model.__dict__.pop(KEY))
 
 
-def check_learnable(readout: str, cls: int, pool: str) -> None:
+def check_learnable(readout: str, cls: int, pool: str, reads_class: bool = True) -> None:
     """Raise `UnsupportedMethodError` for heads and models whose counts cannot be learned."""
-    if cls == 0:
+    if cls == 0 and reads_class:
         raise UnsupportedMethodError(
-            "counts are learned by the class token's attention; the model has no class token"
+            "DiffRate ranks by the class token's attention; the model has no class token. "
+            "operator='tome' learns counts without one"
         )
     if readout == "grid" or pool == "map":
         raise UnsupportedMethodError(

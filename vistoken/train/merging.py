@@ -1,7 +1,8 @@
 """Merging that keeps every token in its place, so that counts and partners can have gradients.
 
-A source with weight w joins its partner: `out_j = (x_j + sum_i w_i x_i) / (1 + sum_i w_i)`. Weights
-are zeros and ones, and what is no partner stays as it is.
+A source with weight w joins its partner: `out_j = (s_j x_j + sum_i w_i s_i x_i) / (s_j + sum_i w_i
+s_i)` with sizes s, or all ones for a plain mean. Weights are zeros and ones, and what is no partner
+stays as it is.
 """
 
 from __future__ import annotations
@@ -18,39 +19,50 @@ from vistoken.kernels.reduce import add_into, take
 
 
 class MaskedMerge(torch.autograd.Function):
-    """`merge_in_place`, with the gradient of weights and shares, one partner at a time."""
+    """`merge_in_place`, with the gradient of weights, shares and sizes, one partner at a time."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, share: Tensor, partners: Tensor) -> Tensor:
-        wide, weight = wide_type(x), weight.to(wide_type(x))
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, share: Tensor, partners: Tensor, size: Tensor
+    ) -> Tensor:
+        wide = wide_type(x)
+        weight, size = weight.to(wide), size.to(wide)
         own = torch.arange(x.shape[1], device=x.device).expand_as(weight)
         # What does not move adds its zero to itself: no two threads meet there.
         slot = torch.where(weight > 0, partners[..., 0], own)
-        total = add_into(torch.ones_like(weight), slot, weight)
-        out = add_into(x.to(wide), slot, x.to(wide) * weight[..., None]) / total[..., None]
-        out = out.to(x.dtype)
-        ctx.save_for_backward(x, weight, partners, total, out)
+        mass = weight * size
+        total = add_into(size, slot, mass)
+        out = add_into(x.to(wide) * size[..., None], slot, x.to(wide) * mass[..., None])
+        out = (out / total[..., None]).to(x.dtype)
+        ctx.save_for_backward(x, weight, size, partners, total, out)
         ctx.shared = share.requires_grad
         return out
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, partners, total, out = ctx.saved_tensors
+        x, weight, size, partners, total, out = ctx.saved_tensors
         spread = grad.to(total.dtype) / total[..., None]
         to_x: Tensor | None = None
         pulls = []
         for rank in range(partners.shape[-1] if ctx.shared else 1):
             there = take(spread, partners[..., rank])
             if rank == 0 and ctx.needs_input_grad[0]:
-                to_x = torch.addcmul(spread, there, weight[..., None]).to(x.dtype)
+                own = spread * size[..., None]
+                to_x = torch.addcmul(own, there, (weight * size)[..., None]).to(x.dtype)
             pulls.append((there * (x - take(out, partners[..., rank]))).sum(-1))
-        to_share = torch.stack(pulls, -1) * weight[..., None] if ctx.shared else None
-        return to_x, pulls[0].to(weight.dtype), to_share, None
+        to_share = to_size = None
+        if ctx.shared:
+            to_share = torch.stack(pulls, -1) * (weight * size)[..., None]
+        if ctx.needs_input_grad[4]:
+            to_size = (spread * (x - out)).sum(-1) + pulls[0] * weight
+        return to_x, (pulls[0] * size).to(weight.dtype), to_share, None, to_size
 
 
-def merge_in_place(x: Tensor, weight: Tensor, share: Tensor, partners: Tensor) -> Tensor:
-    """Each token becomes the plain mean of itself and of the sources that join it.
+def merge_in_place(
+    x: Tensor, weight: Tensor, share: Tensor, partners: Tensor, size: Tensor | None = None
+) -> Tensor:
+    """Each token becomes the mean of itself and of the sources that join it.
 
     Args:
         x: tokens `[B, N, C]`.
@@ -59,11 +71,14 @@ def merge_in_place(x: Tensor, weight: Tensor, share: Tensor, partners: Tensor) -
         share: `[B, N, K]` how a source divides over its partners: one for the first, zero for the
             others; the gradient is that of soft shares.
         partners: `[B, N, K]` int64, the best first.
+        size: `[B, N]` what tokens weigh in the mean, positive; None weighs all alike.
 
     Returns:
         `[B, N, C]` in the dtype of x.
     """
-    merged: Tensor = MaskedMerge.apply(x, weight, share, partners)
+    if size is None:
+        size = torch.ones(x.shape[:2], dtype=wide_type(x), device=x.device)
+    merged: Tensor = MaskedMerge.apply(x, weight, share, partners, size)
     return merged
 
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import reduce
+from operator import mul
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +35,8 @@ class Plan:
     """The counts of one forward pass, with gradients to the logits.
 
     Attributes:
-        masks: `[blocks, 2, N0]` zeros and ones: does the token of a rank survive pruning, merging.
+        masks: `[blocks, 2, N0]` zeros and ones: does the token of a rank survive pruning, merging;
+            `[blocks, 1, N0]` of an operator that only merges.
         kept: `[depth]` tokens that leave each block, whole numbers.
         waking: `[depth]` 1 where a block removes tokens, else 0; its gradient is that of the chance
             to remove any.
@@ -62,6 +65,8 @@ class Rates(nn.Module):
         ConfigError: blocks, granularity, spread or carry that are not allowed.
     """
 
+    ways: ClassVar[int] = 2
+    """Counts of a block: after pruning and after merging."""
     candidates: Tensor
     reach: Tensor
     counts: Tensor
@@ -76,7 +81,7 @@ class Rates(nn.Module):
         carry: Carry = "both",
     ) -> None:
         super().__init__()
-        chosen = default_blocks(shape) if blocks is None else tuple(blocks)
+        chosen = self.default_blocks(shape) if blocks is None else tuple(blocks)
         _check(shape, chosen, granularity, spread, carry)
         self.shape, self.blocks, self.spread, self.carry = shape, chosen, spread, carry
         candidates = torch.arange(shape.patches, 0, -granularity, dtype=torch.float32)
@@ -86,10 +91,15 @@ class Rates(nn.Module):
         self.register_buffer("candidates", candidates, persistent=False)
         self.register_buffer("reach", above.clamp(max=len(candidates)) - 1, persistent=False)
         self.register_buffer("learned", torch.tensor(chosen), persistent=False)
-        self.register_buffer("counts", torch.zeros(len(chosen), 2, dtype=torch.int64))
-        self.logits = nn.Parameter(torch.zeros(len(chosen), 2, len(candidates)))
+        self.register_buffer("counts", torch.zeros(len(chosen), self.ways, dtype=torch.int64))
+        self.logits = nn.Parameter(torch.zeros(len(chosen), self.ways, len(candidates)))
         self.counts.copy_(self.expected().detach())
         self.last: Plan | None = None
+
+    @staticmethod
+    def default_blocks(shape: ModelShape) -> tuple[int, ...]:
+        """All blocks but the first, and but the last where the head averages patches."""
+        return tuple(range(1, shape.depth - (shape.pool == "avg")))
 
     @property
     def fewest(self) -> int:
@@ -102,13 +112,13 @@ class Rates(nn.Module):
         return not self.logits.requires_grad
 
     def expected(self) -> Tensor:
-        """Tokens kept by each learned block, `[blocks, 2]`: whole, identity gradient."""
+        """Tokens kept by each learned block, `[blocks, ways]`: whole, identity gradient."""
         mean = (self.logits.softmax(-1) * self.candidates).sum(-1)
         whole = (mean.detach() - SLACK).ceil().clamp(1, self.shape.patches)
         return whole + (mean - mean.detach()) + self.shape.prefix
 
     def survival(self) -> Tensor:
-        """Chance `[blocks, 2, N0]` of the token of each rank to survive; 1 for prefix tokens."""
+        """Chance `[blocks, ways, N0]` of the token of each rank to survive; 1 for prefix tokens."""
         # Not by indexing, whose gradient sorts.
         reach = self.reach.expand(*self.logits.shape[:2], -1)
         patches = self.logits.softmax(-1).cumsum(-1).gather(-1, reach)
@@ -130,8 +140,8 @@ class Rates(nn.Module):
         if not self.fixed:
             self.counts.copy_(counts.detach())
         ranks = torch.arange(self.shape.tokens, device=counts.device)
-        hard = (ranks < counts.detach()[..., None]).to(chance.dtype)
         kept, entering = self._running_minimum(counts)
+        hard = (ranks < self._limits(counts, kept).detach()[..., None]).to(chance.dtype)
         waking = self._waking(chance, kept, entering)
         self.last = Plan(hard + (chance - chance.detach()), kept, waking)
         return self.last
@@ -147,16 +157,29 @@ class Rates(nn.Module):
         entering = torch.cat([kept.new_full((1,), float(self.shape.tokens)), kept[:-1]])
         return kept, entering
 
+    def _limits(self, counts: Tensor, kept: Tensor) -> Tensor:
+        """Ranks from this one on are pruned or merged, `[blocks, ways]`."""
+        return counts
+
     def _waking(self, chance: Tensor, kept: Tensor, entering: Tensor) -> Tensor:
         """Whether each block removes tokens: the last living one survives it or does not."""
-        last = (entering.detach()[self.learned] - 1).long()[:, None, None].expand(-1, 2, 1)
-        # A product of two, because the gradient of `prod` asks the host whether there are zeros.
-        pruned, merged = chance.gather(2, last)[..., 0].unbind(1)
-        stays = pruned * merged
+        last = (entering.detach()[self.learned] - 1).long()[:, None, None].expand(-1, self.ways, 1)
+        # Not `prod`, whose gradient asks the host whether there are zeros.
+        stays = reduce(mul, chance.gather(2, last)[..., 0].unbind(1))
         hard = (kept.detach() < entering.detach()).to(kept.dtype)
         return hard.index_add(0, self.learned, stays.detach() - stays)
 
     # Schedules ------------------------------------------------------------------------------------
+
+    def allowed(self, schedule: Schedule) -> Schedule:
+        """The counts of a schedule, as far as the operator can go."""
+        return schedule
+
+    def fewest_counts(self) -> Schedule:
+        """The schedule of the smallest candidates."""
+        counts = [(self.shape.tokens,) * 2] * self.blocks[0]
+        counts += [(self.fewest,) * 2] * (self.shape.depth - self.blocks[0])
+        return Schedule(self.shape.tokens, self.shape.prefix, tuple(counts))
 
     def schedule(self) -> Schedule:
         """The counts as a plain schedule; waits for the device."""
@@ -203,7 +226,7 @@ class Rates(nn.Module):
                     f"smallest candidate keeps {fewest}; take a granularity that divides "
                     f"{shape.patches - 1}, or 1"
                 )
-        wanted = torch.tensor([schedule.counts[block] for block in self.blocks])
+        wanted = torch.tensor([schedule.counts[block][-self.ways :] for block in self.blocks])
         self.logits.copy_(bell(wanted - shape.prefix, self.candidates.cpu(), self.spread))
         self.counts.copy_(self.expected())
 
@@ -247,11 +270,6 @@ def initial_schedule(shape: ModelShape, init: str) -> Schedule | None:
     if init.endswith((".json", ".yaml", ".yml")):
         return Schedule.load(init)
     return parse(init).plan(shape)
-
-
-def default_blocks(shape: ModelShape) -> tuple[int, ...]:
-    """All blocks but the first, and but the last where the head averages patches."""
-    return tuple(range(1, shape.depth - (shape.pool == "avg")))
 
 
 def _check(

@@ -43,9 +43,9 @@ class RateReport(Callback):  # type: ignore[misc]
             return
         self.history.append((trainer.global_step, counts))
         values: dict[str, float] = {}
-        for block, (pruned, merged) in zip(module.rates.blocks, counts, strict=True):
-            values[f"counts/prune_{block:02d}"] = pruned
-            values[f"counts/merge_{block:02d}"] = merged
+        for block, own in zip(module.rates.blocks, counts, strict=True):
+            for name, count in zip(("prune", "merge")[-len(own) :], own, strict=True):
+                values[f"counts/{name}_{block:02d}"] = count
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
 

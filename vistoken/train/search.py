@@ -29,6 +29,7 @@ def learn_schedule(
     *,
     target_gflops: float | None = None,
     target_speedup: float | None = None,
+    operator: Literal["diffrate", "tome"] = "diffrate",
     cost: Literal["flops", "latency"] = "flops",
     table: LatencyTable | None = None,
     steps: int = 500,
@@ -41,19 +42,23 @@ def learn_schedule(
 ) -> Schedule:
     """Learn how many tokens each block of a classifier should keep; the model stays as it is.
 
-    `vistoken.wrap(model, vistoken.DiffRate(schedule=learn_schedule(...)))` runs the result. It
+    `vistoken.wrap(model, vistoken.DiffRate(schedule=learn_schedule(...)))` runs the result, or with
+    `operator="tome"` `vistoken.wrap(model, vistoken.ToMe.from_schedule(learn_schedule(...)))`. It
     learns on a copy, where the model is, in bf16 autocast on a GPU and else in float32. Under
     `torch.no_grad()` it works all the same.
 
     Args:
-        model: a supported classifier with a class token that carries no method.
+        model: a supported classifier that carries no method; with a class token, unless the
+            operator is `tome`.
         loader: batches of images `[B, 3, H, W]`, normalised, and classes `[B]`; begun again until
             there were enough. Without `labels` the classes are not looked at.
         target_gflops: wanted GFLOPs of one image; only with `cost="flops"`.
         target_speedup: wanted speed-up over the dense model, of FLOPs or of measured milliseconds.
+        operator: whose counts are learned: `diffrate` prunes and merges what the class token
+            attends least, `tome` merges what is most alike.
         cost: what the speed-up is of.
-        table: block times of this model for `cost="latency"`; None takes this machine's, measured
-            at batch 256 if need be.
+        table: block times of this model and operator for `cost="latency"`; None takes this
+            machine's, measured at batch 256 if need be.
         steps: batches to learn on.
         lr: learning rate of the logits; falls to a tenth by a cosine.
         labels: weight of the cross-entropy.
@@ -66,32 +71,54 @@ def learn_schedule(
         A schedule that costs the target at most, and as little less as whole counts allow.
 
     Raises:
-        ConfigError: a number out of range, not exactly one target, a table without latency, a
-            loader that ran out, or `torch.inference_mode()` here or where the model was built.
+        ConfigError: an unknown operator, a number out of range, not exactly one target, a table
+            without latency, a loader that ran out, or `torch.inference_mode()` here or where the
+            model was built.
         ScheduleError: a target out of reach.
         AlreadyWrappedError: the model carries a method.
         UnsupportedBackboneError: no supported vision transformer is in the model.
-        UnsupportedMethodError: no class token, or a head that does not read it or an average.
+        UnsupportedMethodError: no class token where the operator reads it, or a head that reads
+            neither the class token nor an average.
     """
     _check_numbers(steps, blocks, lr=lr, labels=labels, distill=distill,
                    target_gflops=target_gflops, target_speedup=target_speedup)  # fmt: skip
     _check_gradients(model)
     if table is not None and cost != "latency":
         raise ConfigError("a table was given, but cost='flops'; pass cost='latency' to use it")
+    settings = {
+        "operator": operator, "cost": cost, "target_gflops": target_gflops,
+        "target_speedup": target_speedup, "blocks": blocks, "init": init, "lr": lr,
+        "labels": labels, "distill": distill,
+    }  # fmt: skip
+    return _learn(model, loader, settings, table, steps, folder)
+
+
+def _learn(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]] | LightningDataModule,
+    settings: dict[str, Any],
+    table: LatencyTable | None,
+    steps: int,
+    folder: str | Path | None,
+) -> Schedule:
+    """The learning run of `learn_schedule`, whose arguments these are."""
     # Lightning turns gradients on and leaves them on; here they are again as the caller has them.
     with torch.enable_grad(), tempfile.TemporaryDirectory() as scratch:
         path = None if table is None else table.save(Path(scratch) / "table.json")
         module = RateLearning(
-            backbone=twin(model, shared=False).float(), cost=cost, target_gflops=target_gflops,
-            target_speedup=target_speedup, latency_table=None if path is None else str(path),
-            cost_weight=0.1, cost_unit="share", carry="active", blocks=blocks, init=init, lr=lr,
-            lr_min=lr / 10, labels=labels, distill=distill,
-        )  # fmt: skip
+            backbone=twin(model, shared=False).float(),
+            latency_table=None if path is None else str(path),
+            cost_weight=0.1,
+            cost_unit="share",
+            carry="active",
+            lr_min=settings["lr"] / 10,
+            **settings,
+        )
         trainer = _trainer(model, steps, Path(folder or scratch))
         trainer.fit(module, loader if isinstance(loader, LightningDataModule) else Passes(loader))
         assert module.cost is not None
         learned = module.rates.schedule()
-        met = module.cost.meet(learned, module.target)
+        met = module.cost.meet(learned, module.target, module.rates.allowed)
         if folder is not None:
             met.save(Path(folder) / "schedule.json")
     return met

@@ -1,0 +1,240 @@
+"""Counts of an operator that only merges (ToMe): masked training against real merging."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import vistoken
+from vistoken.api import shape_of
+from vistoken.errors import ConfigError, ScheduleError, UnsupportedMethodError
+from vistoken.methods import DiffRate, ToMe
+from vistoken.schedule import Schedule
+from vistoken.shape import ModelShape
+from vistoken.train import masked_merge
+from vistoken.train.costs import FlopsCost, check_reachable
+from vistoken.train.learn import RateLearning
+from vistoken.train.masked import release, simulate, twin
+from vistoken.train.masked_merge import MergeSimulation, pair_up_in_place
+from vistoken.train.merge_rates import MergeRates
+from vistoken.train.merging import merge_in_place
+from vistoken.train.rates import Plan
+from vistoken.train.search import learn_schedule
+
+MODELS = {
+    "class": ("deit_tiny_patch16_224", {"img_size": 80, "depth": 4, "embed_dim": 96}),
+    "distilled": ("deit_tiny_distilled_patch16_224", {"img_size": 64, "depth": 4}),
+    "registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 70, "depth": 4, "embed_dim": 96,
+                                                    "num_heads": 3}),
+    "mean": ("vit_base_patch16_224", {"img_size": (48, 112), "depth": 5, "embed_dim": 96,
+                                      "num_heads": 3, "global_pool": "avg"}),
+    "no class": ("vit_base_patch16_224", {"img_size": (48, 112), "depth": 4, "embed_dim": 96,
+                                          "num_heads": 3, "global_pool": "avg",
+                                          "class_token": False}),
+    "rotary": ("eva02_tiny_patch14_224", {"img_size": 70, "depth": 4}),
+}  # fmt: skip
+SMALL = ModelShape.plain(64, 5, (3, 7))
+
+
+def build(key: str) -> nn.Module:
+    name, options = MODELS[key]
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=7, **options).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else 0.03))
+    return model
+
+
+def images_for(model: nn.Module, batch: int = 3) -> torch.Tensor:
+    return torch.randn(batch, 3, *model.patch_embed.img_size)
+
+
+def random_merging(shape: ModelShape, seed: int, blocks: tuple[int, ...]) -> Schedule:
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(0, shape.patches, (shape.depth,), generator=generator) // 2
+    rest = torch.rand(shape.depth, generator=generator) < 0.3
+    numbers = [int(n) if b in blocks and not rest[b] else 0 for b, n in enumerate(draws.tolist())]
+    return Schedule.merging(shape, numbers)
+
+
+@pytest.mark.parametrize("key", MODELS)
+def test_masked_training_is_real_merging(key: str) -> None:
+    model = build(key)
+    images, shape = images_for(model), shape_of(model)
+    rates = MergeRates(shape)
+    dense = model(images).detach()
+    for seed in range(4):
+        schedule = random_merging(shape, seed, rates.blocks)
+        rates.load(schedule)
+        assert rates.schedule() == schedule
+        real = twin(model)
+        simulate(model, rates, kind=MergeSimulation)
+        simulated = model(images).detach()
+        release(model)
+        vistoken.wrap(real, ToMe.from_schedule(schedule))
+        with torch.no_grad():
+            reduced = real(images)
+        assert (simulated - reduced).abs().max() < 1e-5
+        assert (dense - reduced).abs().max() > 1e-4, "nothing was tested"
+
+
+def test_counts_beyond_half_of_the_patches_merge_half() -> None:
+    model = build("class")
+    shape = shape_of(model)
+    rates = MergeRates(shape)
+    with torch.no_grad():
+        rates.logits.copy_(torch.linspace(0, 60, shape.patches))  # nearly none kept
+    schedule = rates.schedule()
+    assert schedule == Schedule.merging(shape, [shape.tokens] * shape.depth)
+    plan = rates()
+    assert plan.kept.tolist() == list(schedule.kept)
+    assert plan.masks.detach()[:, 0].sum(-1).tolist() == list(schedule.kept)
+    images = images_for(model)
+    real = vistoken.wrap(twin(model), ToMe.from_schedule(schedule))
+    simulate(model, rates, kind=MergeSimulation)
+    assert (model(images) - real(images)).abs().max() < 1e-5
+
+
+def test_matching_in_slots_is_a_loop_over_pairs() -> None:
+    torch.manual_seed(0)
+    metric, prefix, entering = torch.randn(2, 23, 5), 2, 17
+    metric[1, 6] = metric[1, 4]  # two that are equally like their partner
+    looks, turn, partner = pair_up_in_place(metric, prefix, torch.tensor(entering))
+    even, odd = range(prefix, entering, 2), range(prefix + 1, entering, 2)
+    assert [2 * i for i, on in enumerate(looks.tolist()) if on] == list(even)
+    for b in range(2):
+        found = []
+        for i in even:
+            likeness = [float(torch.cosine_similarity(metric[b, i], metric[b, j], 0)) for j in odd]
+            best = max(range(len(odd)), key=lambda j: likeness[j])
+            assert int(partner[b, i // 2]) == odd[best]
+            found.append((-round(likeness[best], 5), i))
+        assert [i for _, i in sorted(found)] == sorted(even, key=lambda i: int(turn[b, i // 2]))
+
+
+def test_weighted_mean_in_place_has_the_gradients_of_its_formula() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 6, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.tensor([[0, 0, 1, 1, 0, 1.0]]).double().requires_grad_()
+    size = (1 + 3 * torch.rand(1, 6, dtype=torch.float64)).requires_grad_()
+    partner = torch.tensor([[0, 1, 1, 0, 4, 1]])
+    grad = torch.randn(1, 6, 3, dtype=torch.float64)
+    top, bottom = (size[..., None] * x)[0].unbind(), size[0].unbind()
+    top, bottom = list(top), list(bottom)
+    for i in (2, 3, 5):
+        j = int(partner[0, i])
+        top[j] = top[j] + weight[0, i] * size[0, i] * x[0, i]
+        bottom[j] = bottom[j] + weight[0, i] * size[0, i]
+    wanted = torch.stack([t / b for t, b in zip(top, bottom, strict=True)])[None]
+    share = torch.ones(1, 6, 1, dtype=torch.float64)
+    ours = merge_in_place(x, weight, share, partner[..., None], size)
+    assert torch.allclose(ours, wanted)
+    got = torch.autograd.grad((ours * grad).sum(), (x, weight, size))
+    expected = torch.autograd.grad((wanted * grad).sum(), (x, weight, size))
+    assert torch.allclose(got[0], expected[0]) and torch.allclose(got[2], expected[2])
+    assert torch.allclose(got[1][0, [2, 3, 5]], expected[1][0, [2, 3, 5]])
+
+
+def test_mask_gradient_is_the_derivative_of_the_relaxed_simulation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Between 0 and 1 masks weigh keys, means and sizes; at the ends one-sided differences hold."""
+    model = build("class").double().requires_grad_(False)
+    shape = shape_of(model)
+    rates = MergeRates(shape, blocks=[0, 2])
+    rates.load(Schedule.merging(shape, [7, 0, 5, 0]))
+    images = images_for(model, 2).double()
+    simulate(model, rates, kind=MergeSimulation)
+    plan, masks = rates(), rates().masks.detach().double()
+    for name in ("pair_up_in_place", "_new_order"):
+        # Partners and slots of the masks as they are: a difference must not choose others.
+        monkeypatch.setattr(masked_merge, name, Remembered(getattr(masked_merge, name), 2))
+
+    def loss(masks: torch.Tensor) -> torch.Tensor:
+        rates.forward = lambda: Plan(masks, plan.kept, plan.waking)  # type: ignore[method-assign]
+        return model(images).square().sum()
+
+    at = masks.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(at), at)
+    base, step = float(loss(masks).detach()), 1e-6
+    for place, entering, kept in ((0, 26, 19), (1, 19, 14)):
+        # The kept side would choose other partners; what merges keeps its own.
+        for rank in (kept, kept + 1, entering - 1):
+            moved = masks.clone()
+            moved[place, 0, rank] += step
+            wanted = (float(loss(moved).detach()) - base) / step
+            assert float(grad[place, 0, rank]) == pytest.approx(wanted, rel=5e-3, abs=1e-6)
+            assert abs(wanted) > 1e-6
+
+
+class Remembered:
+    """A function that answers as it did in the first `count` calls, in turns."""
+
+    def __init__(self, call: Callable[..., object], count: int) -> None:
+        self.call, self.count, self.turn, self.known = call, count, 0, []
+
+    def __call__(self, *given: object) -> object:
+        if len(self.known) < self.count:
+            self.known.append(self.call(*given))
+        self.turn += 1
+        return self.known[(self.turn - 1) % self.count]
+
+
+def test_gradients_reach_every_count_and_the_cost_falls_with_it() -> None:
+    rates = MergeRates(SMALL, carry="active")
+    rates.load(Schedule.merging(SMALL, [3, 2, 0, 4, 1]))
+    cost = FlopsCost(SMALL)
+    (grad,) = torch.autograd.grad(cost(rates()), rates.logits)
+    assert (grad.abs().sum((1, 2)) > 0).sum() >= 4
+    assert float(cost(rates()).detach()) == pytest.approx(cost.exactly(rates.schedule()), rel=1e-5)
+    check_reachable(cost, rates, 0.6 * cost.dense)
+    with pytest.raises(ScheduleError, match="cannot be reached"):
+        check_reachable(cost, rates, 0.1 * cost.dense)
+
+
+class Noise(torch.utils.data.Dataset):
+    """Pictures of one colour each, whose class is the colour."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        generator = torch.Generator().manual_seed(index)
+        return torch.randn(3, 80, 80, generator=generator), index % 7
+
+
+def test_learned_numbers_meet_the_target_and_run_as_tome(tmp_path: Path) -> None:
+    model = build("class")
+    shape, loader = shape_of(model), torch.utils.data.DataLoader(Noise(), 16)
+    target = 0.7 * FlopsCost(shape).dense
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    counts = learn_schedule(model, loader, target_gflops=target, operator="tome", steps=6,
+                            folder=tmp_path)  # fmt: skip
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    method = ToMe.from_schedule(tmp_path / "schedule.json")
+    assert method == ToMe.from_schedule(counts) and method.plan(shape) == counts
+    assert 0.9 * target < method.cost(shape) <= target
+    assert counts.removed[0] == 0
+    assert vistoken.parse(method.to_string()) == method
+    assert (tmp_path / "schedule.png").stat().st_size > 1000
+
+
+def test_what_does_not_go_together_is_refused() -> None:
+    model = build("class")
+    shape = shape_of(model)
+    with pytest.raises(ConfigError, match=r"operator='merge'.*diffrate, tome"):
+        RateLearning(backbone=twin(model, shared=False), operator="merge", target_speedup=1.3)
+    with pytest.raises(ConfigError, match=r"matching=16.*operator='diffrate'"):
+        RateLearning(
+            backbone=twin(model, shared=False), operator="tome", matching=16, target_speedup=1.3
+        )
+    with pytest.raises(ScheduleError, match="prunes"):
+        ToMe.from_schedule(DiffRate(gflops=0.8 * FlopsCost(shape).dense).plan(shape))
+    with pytest.raises(UnsupportedMethodError, match="operator='tome'"):
+        RateLearning(backbone=build("no class"), target_speedup=1.3)
