@@ -32,12 +32,13 @@ from pareto_report import write_report
 from vistoken.api import attachment_of
 from vistoken.errors import ScheduleError, VistokenError
 from vistoken.eval.record import make_record, write_json
-from vistoken.methods import METHODS, DiffRate, Method, ToMe, parse
+from vistoken.methods import METHODS, Method, ToMe, parse
 from vistoken.schedule import Schedule
 
 Row = dict[str, Any]
-LEARNED = {"diffrate/gflops": "flops", "diffrate/ms": "latency"}
-"""Names of the configuration, and the cost that counts are learned by."""
+LEARNED = {f"{operator}/{unit}": (operator, cost) for operator in ("diffrate", "tome")
+           for unit, cost in (("gflops", "flops"), ("ms", "latency"))}  # fmt: skip
+"""Names of the configuration: the operator whose counts are learned, and the cost they meet."""
 PLAIN = ("dense", "dense/compiled")
 """Rows without a method."""
 SPEED = ("mode", "ms", "per_second", "dense_ms", "speedup", "peak_mib")
@@ -55,9 +56,10 @@ class Work:
     def label(self) -> str:
         """What groups rows in tables and pictures."""
         known = {"dense": "dense", "dense/compiled": "dense, compiled",
-                 "diffrate": "diffrate, closed form", "tome:r=0": "chain only",
-                 "diffrate/gflops": "diffrate, learned by GFLOPs",
-                 "diffrate/ms": "diffrate, learned by ms"}  # fmt: skip
+                 "diffrate": "diffrate, closed form", "tome:r=0": "chain only"}  # fmt: skip
+        if self.name in LEARNED:
+            operator, _, unit = self.name.partition("/")
+            return f"{operator}, learned by {unit.replace('gflops', 'GFLOPs')}"
         name = self.name.partition(":")[0]
         if self.name.startswith("diffrate:gflops"):
             name = "diffrate, published counts"
@@ -103,18 +105,20 @@ def find_method(
         return parse(work.name), {}
     if work.name not in LEARNED:
         return at_budget(METHODS[work.name], work.budget, bench), {}
-    closed = at_budget(DiffRate, work.budget, bench).plan(bench.shape)
-    if closed.kept[-1] == bench.shape.tokens:
+    operator, cost = LEARNED[work.name]
+    start = at_budget(METHODS[operator], work.budget, bench).plan(bench.shape)
+    if start.kept[-1] == bench.shape.tokens:
         raise ScheduleError("this budget is met without removing a token; nothing is to be learned")
-    table = bench.table("diffrate")
-    cost = LEARNED[work.name]
-    target: Row = {"target_gflops": closed.gflops(bench.shape)}
+    target: Row = {"operator": operator, "cost": cost}
     if cost == "latency":
         # At a share of the GFLOPs the time to keep is that of the counts learned by GFLOPs.
-        rival = closed if work.part == "speed" else learned_by_flops(work, task, known) or closed
-        target = {"cost": cost, "target_speedup": table.speedup(rival),
-                  "latency_table": str(bench.table_file("diffrate"))}  # fmt: skip
-    folder = store / f"{task.name}-{cost}-{work.budget}"
+        rival = start if work.part == "speed" else learned_by_flops(work, task, known) or start
+        table = bench.table(operator)
+        target |= {"target_speedup": table.speedup(rival),
+                   "latency_table": str(bench.table_file(operator))}  # fmt: skip
+    else:
+        target["target_gflops"] = start.gflops(bench.shape)
+    folder = store / f"{task.name}-{operator}-{cost}-{work.budget}"
     method, notes = learn_counts(bench, task, folder, target)
     schedule = method.plan(bench.shape)
     notes |= {"schedule": schedule.to_dict(), "removed": schedule.removed}
@@ -123,7 +127,8 @@ def find_method(
 
 def learned_by_flops(work: Work, task: Task, known: list[Row]) -> Schedule | None:
     """What was learned by GFLOPs for this budget, if it was."""
-    key = {"case": task.name, "wanted": "diffrate/gflops", "budget": work.budget}
+    wanted = work.name.replace("/ms", "/gflops")
+    key = {"case": task.name, "wanted": wanted, "budget": work.budget}
     for row in known:
         if "schedule" in row and all(row[name] == value for name, value in key.items()):
             return Schedule.from_dict(row["schedule"])

@@ -11,7 +11,7 @@ from pareto_bench import Bench, Task
 from torch import nn
 
 from vistoken.api import attachment_of, unwrap
-from vistoken.methods import DiffRate, Method
+from vistoken.methods import Method
 from vistoken.train.classifier import Classifier
 from vistoken.train.learn import RateLearning
 from vistoken.train.memory import MemoryImages
@@ -33,7 +33,7 @@ def fit(
     return {"steps": trainer.global_step, "train_seconds": time.perf_counter() - begin}
 
 
-def learn_counts(bench: Bench, task: Task, folder: Path, target: Row) -> tuple[DiffRate, Row]:
+def learn_counts(bench: Bench, task: Task, folder: Path, target: Row) -> tuple[Method, Row]:
     """Learn counts that meet a target, on the task's training pictures.
 
     Args:
@@ -57,9 +57,10 @@ def learn_counts(bench: Bench, task: Task, folder: Path, target: Row) -> tuple[D
     notes = fit(bench, module, data, folder, max_epochs=-1, max_time=limit)
     module.cpu()
     assert module.cost is not None
-    spent = module.cost.exactly(module.rates.schedule())
-    return module.method(), {**notes, "target": module.target, "met": spent,
-                             "unit": module.cost.unit}  # fmt: skip
+    counts = module.cost.meet(module.rates.schedule(), module.target, module.rates.allowed)
+    notes |= {"target": module.target, "met": module.cost.exactly(counts),
+              "unit": module.cost.unit}  # fmt: skip
+    return module.operator.build(counts), notes
 
 
 def tune(bench: Bench, task: Task, method: Method | None) -> tuple[nn.Module, Row]:

@@ -20,6 +20,8 @@ import numpy as np
 Row = dict[str, Any]
 STYLES: dict[str, tuple[str, str]] = {
     "tome": ("#0072B2", "o"),
+    "tome, learned by GFLOPs": ("#0072B2", "<"),
+    "tome, learned by ms": ("#0072B2", "*"),
     "diffrate, closed form": ("#E8A33D", "s"),
     "diffrate, learned by GFLOPs": ("#D55E00", "<"),
     "diffrate, learned by ms": ("#B2182B", "*"),
