@@ -90,9 +90,7 @@ def page_rank(
 ) -> Tensor:
     """`steps` power iterations `s <- A^T s` on the attention graph of every head.
 
-    With `z` the row normalisers, one step is
-    `log s_j <- bias_j + LSE_i(scale q_i.k_j + log s_i - z_i)`: a normaliser again, with queries and
-    keys exchanged, so A is never stored.
+    A is never stored: each step makes its entries anew from the row normalisers.
 
     Args:
         q: queries `[B, H, N, d]`.
@@ -109,12 +107,67 @@ def page_rank(
     rows = log_normalizer(q, k, bias, scale) if lse is None else lse
     if start.dim() == 2:
         start = start[:, None]
-    log_score = start.to(rows.dtype).log().expand_as(rows)
+    score = start.to(rows.dtype).expand_as(rows)
     for _ in range(steps):
-        log_score = log_normalizer(k, q, log_score - rows, scale)
-        if bias is not None:
-            log_score = log_score + bias[:, None].to(rows.dtype)
-    return log_score.exp()
+        score = column_sums(q, k, bias, scale, rows, score)
+    return score
+
+
+def column_sums(
+    q: Tensor, k: Tensor, bias: Tensor | None, scale: float, lse: Tensor, weight: Tensor
+) -> Tensor:
+    """Sums of the attention's columns with weighted rows, `A^T weight` of every head, `[B, H, N]`.
+
+    Args:
+        q: queries `[B, H, N, d]`.
+        k: keys `[B, H, N, d]`.
+        bias: additive key bias `[B, N]` or None.
+        scale: softmax scale.
+        lse: the row normalisers `[B, H, N]`.
+        weight: positive weights of the rows, `[B, H, N]`.
+    """
+    if trains(q, k, bias, lse, weight):
+        return column_sums_reference(q, k, bias, scale, lse, weight)
+    run = column_sums_op if as_op(q) else _column_sums
+    sums: Tensor = run(q, k, bias, scale, lse, weight)
+    return sums
+
+
+def _column_sums(
+    q: Tensor, k: Tensor, bias: Tensor | None, scale: float, lse: Tensor, weight: Tensor
+) -> Tensor:
+    if not use_triton(q):
+        return column_sums_reference(q, k, bias, scale, lse, weight)
+    from vistoken.kernels.triton_signals import column_sums_triton
+
+    return column_sums_triton(q, k, bias, scale, lse, weight)
+
+
+column_sums_op = torch.library.custom_op(
+    "vistoken::column_sums",
+    _column_sums,
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor? bias, float scale, Tensor lse, Tensor weight) -> Tensor",
+)
+
+
+@column_sums_op.register_fake
+def _(
+    q: Tensor, k: Tensor, bias: Tensor | None, scale: float, lse: Tensor, weight: Tensor
+) -> Tensor:
+    return lse.new_empty(lse.shape)
+
+
+def column_sums_reference(
+    q: Tensor, k: Tensor, bias: Tensor | None, scale: float, lse: Tensor, weight: Tensor
+) -> Tensor:
+    """`column_sums` in torch operators.
+
+    `log sum_j = bias_j + LSE_i(scale q_i.k_j + log weight_i - lse_i)`: a normaliser, with queries
+    and keys exchanged.
+    """
+    sums = log_normalizer_reference(k, q, weight.log() - lse, scale)
+    return (sums if bias is None else sums + bias[:, None].to(sums.dtype)).exp()
 
 
 def received(

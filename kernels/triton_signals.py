@@ -1,4 +1,4 @@
-"""Row normalisers of attention (one step of page rank) and the best partner of chosen tokens."""
+"""Row normalisers and column sums of attention, and the best partner of chosen tokens."""
 
 from __future__ import annotations
 
@@ -69,6 +69,68 @@ def _normalizer(
         top = new_top
     value = (top + tl.log2(total)) / 1.4426950408889634
     tl.store(out_ptr + bh.to(tl.int64) * rows + at, value, mask=at < rows)
+
+
+@on_device
+def column_sums_triton(
+    q: Tensor, k: Tensor, bias: Tensor | None, scale: float, lse: Tensor, weight: Tensor
+) -> Tensor:
+    """See `vistoken.kernels.attention.column_sums`."""
+    q, k, lse, weight = packed(q), packed(k), packed(lse), packed(weight)
+    added = lse if bias is None else packed(bias)
+    batch, heads, keys, dim = k.shape
+    out = torch.empty(batch, heads, keys, dtype=torch.float32, device=q.device)
+    _columns[(triton.cdiv(keys, 64) * batch * heads,)](
+        q, k, added, lse, weight, out, *q.stride()[:3], *k.stride()[:3], added.stride(0),
+        *lse.stride()[:2], *weight.stride()[:2], heads, q.shape[2], keys, scale * LOG2E,
+        BIASED=bias is not None,
+        BLOCK_M=64, BLOCK_N=64, D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        WIDE=far_apart(max(q.shape[2], keys), q.stride(2), k.stride(2)),
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["rows", "keys", "sbb", "slb", "slh", "swb", "swh"])
+def _columns(
+    q_ptr, k_ptr, bias_ptr, lse_ptr, weight_ptr, out_ptr, sqb, sqh, sqn, skb, skh, skn, sbb,
+    slb, slh, swb, swh, heads, rows, keys, scale2,
+    BIASED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(keys, BLOCK_N)
+    bh = tl.program_id(0) // blocks
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    cols = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = cols < keys
+    away = cols.to(tl.int64) if WIDE else cols
+    dims = tl.arange(0, BLOCK_D)
+    in_d = dims[None, :] < D
+    k = tl.load(
+        k_ptr + b * skb + h * skh + away[:, None] * skn + dims[None, :],
+        mask=inside[:, None] & in_d, other=0.0,
+    )  # fmt: skip
+    bias = tl.zeros([BLOCK_N], tl.float32)
+    if BIASED:
+        bias = tl.load(bias_ptr + b * sbb + cols, mask=inside, other=0.0).to(tl.float32)
+        bias *= 1.4426950408889634
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, rows, BLOCK_M):
+        at = start + tl.arange(0, BLOCK_M)
+        within = at < rows
+        far = at.to(tl.int64) if WIDE else at
+        q = tl.load(
+            q_ptr + b * sqb + h * sqh + far[:, None] * sqn + dims[None, :],
+            mask=within[:, None] & in_d, other=0.0,
+        )  # fmt: skip
+        lse = tl.load(lse_ptr + b * slb + h * slh + at, mask=within, other=float("inf"))
+        weight = tl.load(weight_ptr + b * swb + h * swh + at, mask=within, other=0.0)
+        # No entry exceeds one, so that no maximum is needed; rows beyond the last give zeros.
+        score = (
+            tl.dot(k, tl.trans(q)) * scale2 + bias[:, None] - (lse * 1.4426950408889634)[None, :]
+        )
+        total += tl.sum(tl.exp2(score) * weight[None, :], 1)
+    tl.store(out_ptr + bh.to(tl.int64) * keys + cols, total, mask=inside)
 
 
 @on_device

@@ -311,6 +311,17 @@ def test_a_wrong_attention_kernel_is_noticed(chain, monkeypatch):
     assert "is off by" in attachment_of(model).checked[(x.device, x.dtype)]
 
 
+def test_attention_received_takes_the_normalizer_of_the_attention(chain, monkeypatch):
+    """Without it the scores of all pairs would be made once more."""
+    import vistoken.kernels.attention as module
+
+    model, x = vistoken.wrap(build(), "mctf:r=3"), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        monkeypatch.setattr(module, "log_normalizer", None)
+        torch.testing.assert_close(model(x), expected)
+
+
 def test_an_empty_batch(chain):
     model = vistoken.wrap(build(), "tome:r=0")
     with torch.no_grad():

@@ -200,13 +200,18 @@ def attend(
     cls: int,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Attention before its projection, `[B, N, C]`, and declared signals."""
-    rows = cls if Need.CLASS_ROW in needs else 0
-    out, row = biased_attention(q, k, v, None, attn.scale, rows, size=size)
+    rows, lse = cls if Need.CLASS_ROW in needs else 0, None
+    if Need.RECEIVED in needs:
+        out, row, lse = biased_attention(
+            q, k, v, None, attn.scale, rows, size=size, return_lse=True
+        )
+    else:
+        out, row = biased_attention(q, k, v, None, attn.scale, rows, size=size)
     others = needs - {Need.CLASS_ROW}
     # Only these read the bias: sparing its launch counts at small batches.
     reads = size is not None and not others <= {Need.KEYS, Need.STREAM}
     bias = size.log() if reads and size is not None else None
-    signals = gather_signals(others, 0, q, k, bias, attn.scale)
+    signals = gather_signals(others, 0, q, k, bias, attn.scale, lse)
     if rows:
         signals["class_row"] = row
     return out.transpose(1, 2).flatten(2), signals

@@ -23,7 +23,7 @@ from vistoken.kernels import triton_neighborhood_extra as near_extra
 from vistoken.kernels import triton_neighborhood_gradients as near_gradients
 from vistoken.kernels import triton_ranking as ranking
 from vistoken.kernels import triton_signals as signals
-from vistoken.kernels.attention import log_normalizer_reference
+from vistoken.kernels.attention import column_sums_reference, log_normalizer_reference
 from vistoken.kernels.biased_attention import biased_attention_reference
 from vistoken.kernels.biased_attention_backward import biased_attention_backward_reference
 from vistoken.kernels.bipartite import bipartite_reference, cosine_scores, head_mean, pair_up
@@ -39,7 +39,8 @@ LAUNCHERS = [
     bipartite.bipartite_triton, chain.add_reduce_norm_triton,
     decode_attention.decode_attention_triton, decode_linear.decode_linear_triton,
     near.forward, near_bias.bias_gradient, near_extra.extra_gradients, near_gradients.backward,
-    ranking.rank_tokens_triton, signals.best_match_at_triton, signals.log_normalizer_triton,
+    ranking.rank_tokens_triton, signals.best_match_at_triton, signals.column_sums_triton,
+    signals.log_normalizer_triton,
 ]  # fmt: skip
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 
@@ -90,6 +91,10 @@ def test_signals_take_any_strides(layout):
     q, k, bias = layout(draw(2, 2, 70, 16)), layout(draw(2, 2, 37, 16, seed=1)), draw(2, 37, seed=2)
     want = log_normalizer_reference(q.double(), k.double(), bias.double(), 0.3)
     same([signals.log_normalizer_triton(q, k, layout(bias), 0.3)], [want])
+    lse, weight = draw(2, 2, 70, seed=3) + 4, draw(2, 2, 70, seed=4).abs()
+    got = signals.column_sums_triton(q, k, layout(bias), 0.3, layout(lse), layout(weight))
+    wide = (q.double(), k.double(), bias.double(), 0.3, lse.double(), weight.double())
+    same([got], [column_sums_reference(*wide)])
     order = torch.stack([torch.randperm(70) for _ in range(2)]).to(DEVICE)
     src, dst, x = order[:, :40], order[:, 40:], layout(draw(2, 70, 24))
     got = signals.best_match_at_triton(x, layout(src), layout(dst))
@@ -151,6 +156,10 @@ def test_tokens_far_apart(far):
         torch.testing.assert_close(mine.double(), exact, rtol=1e-2, atol=1e-2)
     want = log_normalizer_reference(q.double(), k.double(), None, 0.3)
     same([signals.log_normalizer_triton(q, k, None, 0.3)], [want])
+    weight = draw(1, 1, 3).abs()
+    got = signals.column_sums_triton(q, k, None, 0.3, want.float(), weight)
+    wide = (q.double(), k.double(), None, 0.3, want, weight.double())
+    same([got], [column_sums_reference(*wide)])
 
 
 @pytest.mark.parametrize("axis", [1, 2])

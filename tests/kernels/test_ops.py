@@ -53,6 +53,10 @@ OPS = {
     "backward": lambda: (biased_attention_backward, goes_back(False)),
     "backward masked": lambda: (biased_attention_backward, goes_back(True)),
     "normalizer": lambda: (attention.log_normalizer_op, (*qkv()[:2], draw(2, 2, 13), 0.3)),
+    "column sums": lambda: (
+        attention.column_sums_op,
+        (*qkv()[:2], draw(2, 13), 0.3, draw(2, 2, 13, seed=1) + 4, draw(2, 2, 13).abs()),
+    ),
     "bipartite": lambda: (bipartite.bipartite_op, (qkv()[1], 1, 3, None, 1.0)),
     "bipartite factor": lambda: (
         bipartite.bipartite_op,
@@ -103,9 +107,9 @@ def vit(depth=2):
 
 METHODS = {
     "tome:r=3": {"biased_attention", "bipartite"},
-    "mctf:r=3": {"biased_attention", "log_normalizer", "bipartite"},
+    "mctf:r=3": {"biased_attention", "log_normalizer", "column_sums", "bipartite"},
     "evit:keep_rate=0.6,at=[0,1]": {"rank_tokens"},
-    "zero_tprune:keep_rate=0.8,at=[0]": {"log_normalizer"},
+    "zero_tprune:keep_rate=0.8,at=[0]": {"log_normalizer", "column_sums"},
     "diffrate:gflops=0.0009": {"biased_attention", "rank_tokens", "best_match_at"},
 }
 

@@ -22,7 +22,11 @@ from vistoken.kernels.triton_biased_attention import biased_attention_triton
 from vistoken.kernels.triton_bipartite import bipartite_triton
 from vistoken.kernels.triton_chain import add_reduce_norm_triton
 from vistoken.kernels.triton_ranking import rank_tokens_triton
-from vistoken.kernels.triton_signals import best_match_at_triton, log_normalizer_triton
+from vistoken.kernels.triton_signals import (
+    best_match_at_triton,
+    column_sums_triton,
+    log_normalizer_triton,
+)
 from vistoken.state import Assignment
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -253,6 +257,20 @@ def test_log_normalizer(bias):
         score = score + (added[:, None, None] if added.dim() == 2 else added[:, :, None]).double()
     got = log_normalizer_triton(q, k, added, 0.3)
     torch.testing.assert_close(got.double(), score.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("shape", [(2, 3, 70, 24), (1, 2, 5, 16), (2, 1, 129, 64)])
+def test_column_sums(shape, biased):
+    batch, count, tokens, _ = shape
+    q, k = 2 * draw(*shape), draw(*shape, seed=1)
+    added = 3 * draw(batch, tokens, seed=2) if biased else None
+    score = q.double() @ k.double().transpose(-1, -2) * 0.3
+    score = score if added is None else score + added[:, None, None].double()
+    weight = draw(batch, 1, tokens, seed=3).abs().expand(-1, count, -1)
+    got = column_sums_triton(q, k, added, 0.3, score.logsumexp(-1).float(), weight)
+    expected = torch.einsum("bhnm,bhn->bhm", score.softmax(-1), weight.double())
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("sources", "targets"), [(1, 5), (16, 64), (40, 49)])
