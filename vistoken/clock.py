@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from vistoken._version import __version__
+from vistoken.graphs import record
 
 Mode = Literal["graph", "eager"]
 Call = Callable[[], object]
@@ -70,14 +71,7 @@ def captured(runs: dict[tuple[str, int], Call]) -> dict[tuple[str, int], Call]:
     stream, pool = torch.cuda.Stream(), None
     found: dict[tuple[str, int], Call] = {}
     for name, run in runs.items():
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            run()
+        graph, _ = record(run, times=2, stream=stream, pool=pool)
         pool, found[name] = graph.pool(), graph.replay
     return found
 

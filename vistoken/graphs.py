@@ -6,12 +6,16 @@ few forward passes, not minutes of compilation.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vistoken.errors import BackendUnavailableError
+
+T = TypeVar("T")
 
 WARM_UP = 3
 """Forward passes before a capture: kernels are built and the allocator settles."""
@@ -54,15 +58,10 @@ class Graphed:
         """Warm up, then record one forward pass on a copy of x."""
         check(self.model, x)
         static = x.detach().clone()
-        stream = torch.cuda.Stream(x.device)
-        stream.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.no_grad(), torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self.model(static)
-        torch.cuda.current_stream(x.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(graph, pool=self._pool):
-            output = self.model(static)
+        side = torch.cuda.Stream(x.device)
+        with torch.no_grad():
+            forward = partial(self.model, static)
+            graph, output = record(forward, times=WARM_UP, stream=side, pool=self._pool)
         self._pool = graph.pool()
         return graph, static, output
 
@@ -85,6 +84,32 @@ def compile(model: nn.Module, example: Tensor) -> Graphed:
     check(model, example)
     graphed(example)
     return graphed
+
+
+def record(
+    run: Callable[[], T], warm: Callable[[], object] | None = None, *, times: int = 1,
+    stream: Any = None, pool: Any = None,
+) -> tuple[Any, T]:  # fmt: skip
+    """One call as a CUDA graph and what that call returned, after a warm-up on another stream.
+
+    Args:
+        run: works on fixed buffers and waits for nothing.
+        warm: what warms up, `times` times; None is `run`.
+        times: see there.
+        stream: of the warm-up; None is a new one of the current device.
+        pool: of memory that graphs share; None is the graph's own.
+    """
+    stream = torch.cuda.Stream() if stream is None else stream
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        for _ in range(times):
+            (warm or run)()
+    current.wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        output = run()
+    return graph, output
 
 
 def check(model: nn.Module, x: Tensor) -> None:

@@ -19,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LAYERS = {
     "_version": 0, "errors": 0, "shape": 0, "flops": 1, "schedule": 2, "kernels": 3, "configs": 3,
     "state": 4, "attention": 4, "methods": 5, "spec": 5, "tap": 6, "tracing": 6, "sparse": 7,
-    "attach": 7, "hooks": 8, "dense": 8, "fast": 8, "patches": 8, "parts": 6, "graphs": 8,
+    "attach": 7, "hooks": 8, "dense": 8, "fast": 8, "patches": 8, "parts": 6, "graphs": 1,
     "models": 8, "api": 9, "probe": 9, "latency": 9, "": 10, "clock": 1,
     "vlm": 10, "assets": 10, "view": 11, "eval": 11, "train": 12, "cli": 13,
 }  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vistoken.api import wrap
 from vistoken.errors import ConfigError
+from vistoken.graphs import record
 from vistoken.methods import Method
 
 Mode = Literal["eager", "graph", "compiled"]
@@ -89,7 +90,7 @@ def measure(
             for _ in range(warmup):
                 call()
             peaks.append(_peak(call, images.device) if on_cuda else None)
-            calls.append(_captured(call) if mode == "graph" else call)
+            calls.append(record(call)[0].replay if mode == "graph" else call)
             on_pass()
         clock = _cuda_ms if on_cuda else _wall_ms
         rounds: list[list[float]] = []
@@ -132,19 +133,6 @@ def _eager(model: nn.Module, images: Tensor, autocast: torch.dtype | None, compi
             return run(images)
 
     return call
-
-
-def _captured(call: Call) -> Call:
-    """The same call as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def _peak(call: Call, device: torch.device) -> float:

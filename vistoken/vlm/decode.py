@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from vistoken.graphs import record
 from vistoken.vlm.decode_layers import (
     Parts,
     Plan,
@@ -85,14 +86,7 @@ class Replay:
         self._call = run
         if pool is None:
             return
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            warm()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            run()
+        graph, _ = record(run, warm, pool=pool)
         # The function is let go: it holds the buffers' owner, which holds this.
         self._call = graph.replay
 

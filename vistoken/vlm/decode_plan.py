@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from vistoken.graphs import record
 from vistoken.kernels.decode_linear import Product, Tile, tiles
 from vistoken.kernels.dispatch import why_not_triton
 from vistoken.vlm.decode_layers import (
@@ -158,14 +159,7 @@ class Stopwatch:
 
 def least_time(run: Callable[[], Any]) -> float:
     """Milliseconds of a function in a CUDA graph, the least of some replays."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    graph, _ = record(run)
     graph.replay()
     taken: list[float] = []
     for _ in range(REPLAYS):
