@@ -42,6 +42,7 @@ from vistoken.schedule import Schedule
 from vistoken.shape import ModelShape
 from vistoken.train.costs import FlopsCost
 from vistoken.train.learn import RateLearning
+from vistoken.train.operators import OPERATORS
 from vistoken.train.scenes_data import ScenesData
 from vistoken.train.search import learn_schedule
 
@@ -296,6 +297,7 @@ class Learning:
 
     def __init__(self, given: argparse.Namespace, device: torch.device, journal: Journal) -> None:
         self.given, self.device, self.journal = given, device, journal
+        self.operator = OPERATORS[given.operator]
         self.shape = vistoken.api.shape_of(load_reference_model())
         self.held = HeldOut(given.root, given.scenes, given.garments, device)
         self.table: LatencyTable | None = None
@@ -312,7 +314,7 @@ class Learning:
         dtype = torch.bfloat16 if self.device.type == "cuda" else None
         model = load_reference_model().to(self.device, dtype)
         batch = self.given.speed_batch
-        self.table = LatencyTable.measure(model, batch=batch, method="diffrate")
+        self.table = LatencyTable.measure(model, batch=batch, method=self.given.operator)
         print(f"table: dense {self.table.dense_ms:.3f} ms at batch {batch}, "
               f"{self.table.seconds:.1f} s; {self.table.execution}", flush=True)  # fmt: skip
 
@@ -323,7 +325,8 @@ class Learning:
         data = ScenesData(root=given.root or "embedded", batch_size=given.batch,
                           repeats=1 if given.root else 64)  # fmt: skip
         counts = learn_schedule(load_reference_model().to(self.device), data, steps=given.steps,
-                                labels=given.labels, **target)  # fmt: skip
+                                labels=given.labels, operator=given.operator,
+                                **target)  # fmt: skip
         print(f"  {label}: {time.perf_counter() - start:.1f} s for {given.steps} steps, "
               f"{counts.gflops(self.shape):.4f} G, kept {counts.kept}, removed by pruning and "
               f"merging {counts.removed}", flush=True)  # fmt: skip
@@ -333,7 +336,7 @@ class Learning:
         """Learn at one budget, twice, and judge."""
         wanted = share * FlopsCost(self.shape).dense
         counts = self.learn(f"FLOPs {share}", target_gflops=wanted)
-        methods: dict[str, Method] = {BY_FLOPS: DiffRate(schedule=counts)}
+        methods: dict[str, Method] = {BY_FLOPS: self.operator.build(counts)}
         methods |= rivals(self.shape, counts.gflops(self.shape))
         self.scores = {name: self.judge(method) for name, method in methods.items()}
         self.note(share, methods, {})
@@ -341,7 +344,7 @@ class Learning:
             return
         counts = self.learn(f"milliseconds of {share}", cost="latency", table=self.table,
                             target_speedup=self.table.speedup(counts))  # fmt: skip
-        methods[BY_MS] = DiffRate(schedule=counts)
+        methods[BY_MS] = self.operator.build(counts)
         self.scores[BY_MS] = self.judge(methods[BY_MS])
         timed = self.journal.left > 15
         ms = speed(methods, self.given.speed_batch, self.device) if timed else {}
@@ -357,7 +360,7 @@ class Learning:
         for name, method in methods.items():
             own, plan = self.scores[name], method.plan(self.shape)
             row: Row = {
-                "case": "reference scenes", "share": share, "method": name, "seed": given.seed,
+                "case": case_of(given), "share": share, "method": name, "seed": given.seed,
                 "gflops": plan.gflops(self.shape), "n": own["top1"].numel(),
                 "garments": len(own["top1"]), "steps": given.steps if "learned" in name else None,
                 **{key: float(value.mean()) for key, value in own.items()},
@@ -381,10 +384,15 @@ class Learning:
         self.journal.put(rows, "case", "share", "method", "seed")
 
 
+def case_of(given: argparse.Namespace) -> str:
+    """Name of the rows of learning runs."""
+    return "reference scenes" + ("" if given.operator == "diffrate" else f", {given.operator}")
+
+
 def bench_learning(given: argparse.Namespace, device: torch.device, journal: Journal) -> None:
     """Learn at every budget that has no rows yet, while there is time."""
     wanted = BY_FLOPS if given.flops_only else BY_MS
-    key = {"case": "reference scenes", "method": wanted, "seed": given.seed}
+    key = {"case": case_of(given), "method": wanted, "seed": given.seed}
     todo = [share for share in given.shares if not journal.find(share=share, **key)]
     if not todo or journal.left < 30:
         return
@@ -410,6 +418,7 @@ def main() -> None:
     parser.add_argument("--step_batch", type=int, default=128)
     parser.add_argument("--step_seconds", type=float, default=1.0, help="per timed case")
     parser.add_argument("--root", default=None, help="Fashion-MNIST; None: the embedded garments")
+    parser.add_argument("--operator", choices=list(OPERATORS), default="diffrate")
     parser.add_argument("--steps", type=int, default=500, help="per learning run")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--labels", type=float, default=1.0, help="weight of the cross-entropy")
