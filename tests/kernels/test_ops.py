@@ -109,7 +109,12 @@ METHODS = {
     "tome:r=3": {"biased_attention", "bipartite"},
     "mctf:r=3": {"biased_attention", "log_normalizer", "column_sums", "bipartite"},
     "evit:keep_rate=0.6,at=[0,1]": {"rank_tokens"},
-    "zero_tprune:keep_rate=0.8,at=[0]": {"log_normalizer", "column_sums"},
+    "zero_tprune:keep_rate=0.8,at=[0]": {
+        "log_normalizer",
+        "column_sums",
+        "rank_tokens",
+        "best_match_at",
+    },
     "diffrate:gflops=0.0009": {"biased_attention", "rank_tokens", "best_match_at"},
 }
 

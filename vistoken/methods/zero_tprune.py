@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from vistoken.flops import Where
-from vistoken.kernels.attention import page_rank
-from vistoken.kernels.match import best_match
+from vistoken.kernels.attention import page_rank, wide_type
+from vistoken.kernels.match import best_match_at
+from vistoken.kernels.ranking import rank_tokens
 from vistoken.kernels.reduce import take
 from vistoken.methods.base import (
     Features,
@@ -23,7 +24,6 @@ from vistoken.methods.base import (
     is_rate,
     require,
 )
-from vistoken.methods.evit import prefix_index
 from vistoken.schedule import Schedule, Step
 from vistoken.shape import ModelShape
 from vistoken.state import Assignment, TokenState
@@ -92,14 +92,13 @@ class ZeroTPrune(Method):
         q, k = features.query, features.keys
         assert q is not None and k is not None
         prefix, removed = state.prefix, step.tokens - step.merged
-        first = prefix_index(state, q)
-        survivors = self._drop_similar(q, k, features.scale, state, int(removed * self.similar))
-        index = torch.cat([first, survivors], 1)
+        index = self._drop_similar(q, k, features.scale, prefix, int(removed * self.similar))
         q, k = _take_heads(q, index), _take_heads(k, index)
         score = self.importance(q, k, features.scale, prefix, self._steps(step))
-        best = score[:, prefix:].topk(step.merged - prefix, dim=-1).indices
-        chosen = take(survivors, best).sort(-1).values
-        return Assignment(keep=torch.cat([first, chosen], 1))
+        chosen = take(index, rank_tokens(score, prefix)[:, : step.merged])
+        # Equal scores keep their order: ranking marks puts the chosen first, by position.
+        marks = score.new_zeros(chosen.shape[0], step.tokens).scatter(1, chosen, 1.0)
+        return Assignment(keep=rank_tokens(marks, prefix)[:, : step.merged])
 
     def _steps(self, step: Step) -> int:
         """Page-rank steps of a block."""
@@ -108,43 +107,42 @@ class ZeroTPrune(Method):
             return early
         return late if step.block >= step.depth - 3 else middle
 
-    def _drop_similar(
-        self, q: Tensor, k: Tensor, scale: float, state: TokenState, count: int
-    ) -> Tensor:
-        """S-stage: patch indices left after dropping `count` near-duplicates, `[B, M]`.
+    def _drop_similar(self, q: Tensor, k: Tensor, scale: float, prefix: int, count: int) -> Tensor:
+        """S-stage: prefix tokens and patches left without `count` near-duplicates, `[B, M]`.
 
         The less important half of the patches (A) looks for its nearest key in the more important
         half (B); the `count` closest of A go (sequential-U partition, cosine of mean keys).
         """
-        score = self.importance(q, k, scale, state.prefix, 1)[:, state.prefix :]
-        order = score.argsort(dim=-1, descending=True, stable=True) + state.prefix
-        half = -(-order.shape[1] // 2)
-        important, other = order[:, :half], order[:, half:]
+        order = rank_tokens(self.importance(q, k, scale, prefix, 1), prefix)
+        half = prefix + -(-(order.shape[1] - prefix) // 2)
+        important, other = order[:, prefix:half], order[:, half:]
         count = min(count, other.shape[1])
         if count == 0:
             return order
-        key = k.mean(1)
-        closeness, _ = best_match(take(key, other), take(key, important))
-        left = closeness.argsort(dim=-1, stable=True)[:, : other.shape[1] - count]
-        return torch.cat([important, take(other, left)], 1)
+        closeness, _ = best_match_at(k.mean(1), other, important)
+        left = rank_tokens(-closeness, 0)[:, : other.shape[1] - count]
+        return torch.cat([order[:, :half], take(other, left)], 1)
 
     def importance(self, q: Tensor, k: Tensor, scale: float, prefix: int, steps: int) -> Tensor:
         """Importance of every token, `[B, N]`: page rank, head filter, root mean square."""
         tokens = q.shape[2]
-        start = torch.ones(q.shape[0], tokens, device=q.device)
-        if self.class_weight and prefix:
-            start[:, 0] = tokens**0.5
-        start = start / start.sum(-1, keepdim=True)
+        first = tokens**0.5 if self.class_weight and prefix else 1.0
+        share = 1 / (tokens - 1 + first)
+        start = q.new_full((q.shape[0], tokens), share, dtype=wide_type(q))
+        if first != 1:
+            start[:, 0] = first * share
         return self.join_heads(page_rank(q, k, None, scale, start, steps))
 
     def join_heads(self, score: Tensor) -> Tensor:
         """Root mean square over the heads that pass the variance filter, `[B, H, N] -> [B, N]`."""
         spread = (score * score.shape[-1]).var(-1, unbiased=False)
         low, high = self.variance
-        passed = ((spread >= low) & (spread <= high)).to(score.dtype)
-        none = passed.sum(1, keepdim=True) == 0
-        passed = torch.where(none, torch.ones_like(passed), passed)[..., None]
-        return ((score.square() * passed).sum(1) / passed.sum(1)).sqrt()
+        passed = (spread >= low) & (spread <= high)
+        passed |= ~passed.any(1, keepdim=True)
+        share = passed.to(score.dtype)
+        share = (share / share.sum(1, keepdim=True)).sqrt()
+        joined: Tensor = torch.linalg.vector_norm(score * share[..., None], dim=1)
+        return joined
 
     @classmethod
     def at_gflops(cls, shape: ModelShape, gflops: float) -> Self:
