@@ -138,8 +138,8 @@ def _choose(
         begin, end = h * D, h * D + D
     at_q, high_q, long_q = _corners(own, nx, ny, size_x, size_y, sqx, sqy, WIDE)
     at_k, high_k, long_k = _corners(other, nx, ny, size_x, size_y, skx, sky, WIDE)
-    q_ptr += b.to(tl.int64) * sqb + at_q[None, :, None]
-    k_ptr += b.to(tl.int64) * skb + at_k[None, :, None]
+    q_ptr += b.to(tl.int64) * sqb + at_q[:, None]
+    k_ptr += b.to(tl.int64) * skb + at_k[:, None]
     share_q = (1.0 / tl.maximum(high_q * long_q, 1).to(tl.float32))[:, None]
     share_k = (1.0 / tl.maximum(high_k * long_k, 1).to(tl.float32))[:, None]
     score = tl.zeros([BR, BN], tl.float32)
@@ -147,23 +147,19 @@ def _choose(
     # One loop over channels and tokens, so that the next values are always on their way.
     for turn in tl.range(0, tl.cdiv(end - begin, BC) * steps, num_stages=STAGES):
         channel = begin + turn // steps * BC + tl.arange(0, BC)
-        some = (channel < end)[None, None, :]
-        column_q = place(channel // D, channel % D, sqh, 1, WIDE)[None, None, :]
-        column_k = place(channel // D // group, channel % D, skh, 1, WIDE)[None, None, :]
-        # Tokens come first, so that a thread has all of a region's and sums without the others.
-        # They are counted as if no region were ragged: their places are the same in all.
-        nth = turn % steps * BT + tl.arange(0, BT)
-        x = nth // size_y
-        y = (nth - x * size_y)[:, None]
-        x = x[:, None]
-        there_q = ((x < high_q[None, :]) & (y < long_q[None, :]))[:, :, None]
-        there_k = ((x < high_k[None, :]) & (y < long_k[None, :]))[:, :, None]
-        q = tl.load(q_ptr + place(x, y, sqx, sqy, WIDE)[:, :, None] + column_q,
-                    mask=there_q & some, other=0.0)  # fmt: skip
-        k = tl.load(k_ptr + place(x, y, skx, sky, WIDE)[:, :, None] + column_k,
-                    mask=there_k & some, other=0.0)  # fmt: skip
-        total_q += tl.sum(q.to(tl.float32), 0)
-        total_k += tl.sum(k.to(tl.float32), 0)
+        some = (channel < end)[None, :]
+        column_q = place(channel // D, channel % D, sqh, 1, WIDE)[None, :]
+        column_k = place(channel // D // group, channel % D, skh, 1, WIDE)[None, :]
+        # Tokens are unrolled, no axis of a tensor: sums stay inside of a thread.
+        for nth in tl.static_range(BT):
+            x = (turn % steps * BT + nth) // size_y
+            y = turn % steps * BT + nth - x * size_y
+            there_q = ((x < high_q) & (y < long_q))[:, None] & some
+            there_k = ((x < high_k) & (y < long_k))[:, None] & some
+            q = tl.load(q_ptr + place(x, y, sqx, sqy, WIDE) + column_q, mask=there_q, other=0.0)
+            k = tl.load(k_ptr + place(x, y, skx, sky, WIDE) + column_k, mask=there_k, other=0.0)
+            total_q += q.to(tl.float32)
+            total_k += k.to(tl.float32)
         if turn % steps == steps - 1:
             score = tl.dot(total_q * share_q, tl.trans(total_k * share_k), score,
                            input_precision=PRECISION)  # fmt: skip
@@ -188,7 +184,7 @@ def blocks(channels: int, tokens: int, regions: int, bytes_: int) -> dict[str, i
     """Own and other regions, tokens and channels of a step of `_choose`, its stages and warps."""
     other = max(16, triton.next_power_of_2(regions))
     block_c = max(16, min(128 // bytes_, triton.next_power_of_2(channels)))
-    block_t = max(1, min(AHEAD // bytes_ // other // block_c, triton.next_power_of_2(tokens)))
+    block_t = min(8, AHEAD // bytes_ // other // block_c, triton.next_power_of_2(tokens))
     return {"BR": min(32, other), "BN": other, "BT": block_t, "BC": block_c,
             "STAGES": 3, "num_warps": 8}  # fmt: skip
 
