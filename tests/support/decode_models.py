@@ -103,3 +103,8 @@ def batch_of(model, rows, seed=0, side="left"):
         mask[row, at : at + len(words)] = 1
     out = {"input_ids": input_ids, "attention_mask": mask, "pixel_values": torch.stack(pixels)}
     return out if not sizes else {**out, "image_sizes": torch.tensor(sizes)}
+
+
+def plain(model, inputs, count, **settings):
+    """The ids of the model's own greedy `generate`."""
+    return model.generate(**inputs, max_new_tokens=count, do_sample=False, **settings)
