@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vistoken.kernels.dispatch import as_given, as_op, trains, use_triton
+from vistoken.kernels.dispatch import ANY, as_given, as_op, trains, use_triton
 
 CHUNK = 64
 """Rows of the attention matrix held at once."""
@@ -168,6 +168,55 @@ def column_sums_reference(
     """
     sums = log_normalizer_reference(k, q, weight.log() - lse, scale)
     return (sums if bias is None else sums + bias[:, None].to(sums.dtype)).exp()
+
+
+def join_heads(score: Tensor, low: float, high: float) -> Tensor:
+    """Root mean square over the heads whose scores vary neither too little nor too much.
+
+    Args:
+        score: `[B, H, N]`.
+        low: least variance of `N score` over the tokens (Zero-TPrune, Wang et al., CVPR 2024).
+        high: largest one; where no head lies between, all of them count.
+
+    Returns:
+        `[B, N]`.
+    """
+    if trains(score):
+        return join_heads_reference(score, low, high)
+    joined: Tensor = (join_heads_op if as_op(score, ANY) else _join_heads)(score, low, high)
+    return joined
+
+
+def _join_heads(score: Tensor, low: float, high: float) -> Tensor:
+    if not use_triton(score, ANY):
+        return join_heads_reference(score, low, high)
+    from vistoken.kernels.triton_signals import join_heads_triton
+
+    return join_heads_triton(score, low, high)
+
+
+join_heads_op = torch.library.custom_op(
+    "vistoken::join_heads",
+    _join_heads,
+    mutates_args=(),
+    schema="(Tensor score, float low, float high) -> Tensor",
+)
+
+
+@join_heads_op.register_fake
+def _(score: Tensor, low: float, high: float) -> Tensor:
+    return score.new_empty(score.shape[0], score.shape[2])
+
+
+def join_heads_reference(score: Tensor, low: float, high: float) -> Tensor:
+    """`join_heads` in torch operators."""
+    spread = (score * score.shape[-1]).var(-1, unbiased=False)
+    passed = (spread >= low) & (spread <= high)
+    passed |= ~passed.any(1, keepdim=True)
+    share = passed.to(score.dtype)
+    share = (share / share.sum(1, keepdim=True)).sqrt()
+    joined: Tensor = torch.linalg.vector_norm(score * share[..., None], dim=1)
+    return joined
 
 
 def received(

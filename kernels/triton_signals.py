@@ -1,4 +1,4 @@
-"""Row normalisers and column sums of attention, and the best partner of chosen tokens."""
+"""Row normalisers and column sums of attention, joined heads, best partners of chosen tokens."""
 
 from __future__ import annotations
 
@@ -131,6 +131,38 @@ def _columns(
         )
         total += tl.sum(tl.exp2(score) * weight[None, :], 1)
     tl.store(out_ptr + bh.to(tl.int64) * keys + cols, total, mask=inside)
+
+
+@on_device
+def join_heads_triton(score: Tensor, low: float, high: float) -> Tensor:
+    """See `vistoken.kernels.attention.join_heads`."""
+    score = score.contiguous()
+    batch, heads, tokens = score.shape
+    out = torch.empty(batch, tokens, dtype=score.dtype, device=score.device)
+    _join[(batch,)](
+        score, out, heads, tokens, float(low), float(high),
+        BLOCK=max(16, triton.next_power_of_2(tokens)), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["heads", "tokens", "low", "high"])
+def _join(score_ptr, out_ptr, heads, tokens, low, high, BLOCK: tl.constexpr):
+    b, n = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = n < tokens
+    chosen, every = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    count = 0
+    for h in range(heads):
+        at = (b * heads + h) * tokens + n
+        score = tl.load(score_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        centred = tl.where(inside, score - tl.sum(score, 0) / tokens, 0.0)
+        spread = tl.sum(centred * centred, 0) * tokens  # the variance of N times the score
+        passes = (spread >= low) & (spread <= high)
+        every += score * score
+        chosen += tl.where(passes, score * score, 0.0)
+        count += passes.to(tl.int32)
+    joined = tl.where(count > 0, chosen / tl.maximum(count, 1), every / heads)
+    tl.store(out_ptr + b * tokens + n, tl.sqrt(joined).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @on_device

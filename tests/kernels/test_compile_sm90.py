@@ -30,13 +30,14 @@ KERNELS = {
     "match_and_place": triton_bipartite._match_and_place,
     "normalizer": triton_signals._normalizer,
     "columns": triton_signals._columns,
+    "join": triton_signals._join,
     "partner": triton_signals._partner,
     "chain": triton_chain._add_reduce_norm,
     "rank": triton_ranking._rank,
     "rotate": triton_prefill._rotate_and_store,
     "gate": triton_prefill._silu_times,
 }
-DRY = ("chain", "match_tiled", "columns")
+DRY = ("chain", "match_tiled", "columns", "join")
 TOOL = get_ptxas(90)
 TOOL = os.path.join(os.path.dirname(getattr(TOOL, "path", TOOL)), "cuobjdump")
 
@@ -143,6 +144,7 @@ for biased in (True, False):
     CASES.append(("columns", {"scale2": "fp32", "out_ptr": "fp32"}, {
         "BIASED": biased, "BLOCK_M": 64, "BLOCK_N": 64, "D": 64, "BLOCK_D": 64,
         "WIDE": biased}))  # fmt: skip
+CASES.append(("join", {"out_ptr": "fp32", "low": "fp32", "high": "fp32"}, {"BLOCK": 512}))
 CASES.append(("rank", {}, {"BLOCK": 256, "PART": 128}))
 CASES.append(("rotate", {"value_ptr": "bf16"}, {
     "H": 32, "G": 8, "HALF": 40, "BLOCK_D": 64, "ROWS": 32}))  # fmt: skip

@@ -40,7 +40,7 @@ LAUNCHERS = [
     decode_attention.decode_attention_triton, decode_linear.decode_linear_triton,
     near.forward, near_bias.bias_gradient, near_extra.extra_gradients, near_gradients.backward,
     ranking.rank_tokens_triton, signals.best_match_at_triton, signals.column_sums_triton,
-    signals.log_normalizer_triton,
+    signals.join_heads_triton,    signals.log_normalizer_triton,
 ]  # fmt: skip
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 

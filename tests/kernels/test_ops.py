@@ -57,6 +57,7 @@ OPS = {
         attention.column_sums_op,
         (*qkv()[:2], draw(2, 13), 0.3, draw(2, 2, 13, seed=1) + 4, draw(2, 2, 13).abs()),
     ),
+    "joined heads": lambda: (attention.join_heads_op, (draw(2, 3, 13).abs(), 0.1, 0.7)),
     "bipartite": lambda: (bipartite.bipartite_op, (qkv()[1], 1, 3, None, 1.0)),
     "bipartite factor": lambda: (
         bipartite.bipartite_op,
@@ -112,6 +113,7 @@ METHODS = {
     "zero_tprune:keep_rate=0.8,at=[0]": {
         "log_normalizer",
         "column_sums",
+        "join_heads",
         "rank_tokens",
         "best_match_at",
     },

@@ -25,6 +25,7 @@ from vistoken.kernels.triton_ranking import rank_tokens_triton
 from vistoken.kernels.triton_signals import (
     best_match_at_triton,
     column_sums_triton,
+    join_heads_triton,
     log_normalizer_triton,
 )
 from vistoken.state import Assignment
@@ -271,6 +272,21 @@ def test_column_sums(shape, biased):
     got = column_sums_triton(q, k, added, 0.3, score.logsumexp(-1).float(), weight)
     expected = torch.einsum("bhnm,bhn->bhm", score.softmax(-1), weight.double())
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("count", "tokens"), [(3, 70), (1, 5), (12, 130)])
+@pytest.mark.parametrize("limits", [(0.5, 1.1), (0, 1e9), (1e8, 1e9)])
+def test_joined_heads(count, tokens, limits):
+    score = draw(3, count, tokens).abs()
+    score[1] *= 5  # another filter than its batch mates
+    score *= torch.linspace(0.4, 2, count, device=DEVICE)[:, None] / tokens
+    got = join_heads_triton(score, *limits)
+    for image in range(3):
+        heads = score[image].double()
+        spread = [float((h * tokens).var(unbiased=False)) for h in heads]
+        passed = [h for h, s in zip(heads, spread, strict=True) if limits[0] <= s <= limits[1]]
+        expected = torch.stack(passed or list(heads)).square().mean(0).sqrt()
+        torch.testing.assert_close(got[image].double(), expected, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize(("sources", "targets"), [(1, 5), (16, 64), (40, 49)])

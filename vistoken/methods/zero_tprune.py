@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vistoken.flops import Where
-from vistoken.kernels.attention import page_rank, wide_type
+from vistoken.kernels.attention import join_heads, page_rank, wide_type
 from vistoken.kernels.match import best_match_at
 from vistoken.kernels.ranking import rank_tokens
 from vistoken.kernels.reduce import take
@@ -135,14 +135,8 @@ class ZeroTPrune(Method):
 
     def join_heads(self, score: Tensor) -> Tensor:
         """Root mean square over the heads that pass the variance filter, `[B, H, N] -> [B, N]`."""
-        spread = (score * score.shape[-1]).var(-1, unbiased=False)
         low, high = self.variance
-        passed = (spread >= low) & (spread <= high)
-        passed |= ~passed.any(1, keepdim=True)
-        share = passed.to(score.dtype)
-        share = (share / share.sum(1, keepdim=True)).sqrt()
-        joined: Tensor = torch.linalg.vector_norm(score * share[..., None], dim=1)
-        return joined
+        return join_heads(score, low, high)
 
     @classmethod
     def at_gflops(cls, shape: ModelShape, gflops: float) -> Self:
