@@ -131,7 +131,7 @@ def learned_by_flops(work: Work, task: Task, known: list[Row]) -> Schedule | Non
     key = {"case": task.name, "wanted": wanted, "budget": work.budget}
     for row in known:
         if "schedule" in row and all(row[name] == value for name, value in key.items()):
-            return Schedule.from_dict(row["schedule"])
+            return Schedule.from_lists(**row["schedule"])
     return None
 
 

@@ -131,7 +131,7 @@ def read(scripts: SimpleNamespace, config: Path, folder: Path) -> dict:
         "model_args": TINY, "image_size": 70, "batch": 8, "num_workers": 0,
         "data.clothing.root": str(folder / "data"), "data.clothing.stored": 70,
         "data.clothing.splits": ["test"], "data.clothing.checkpoint": str(folder / "w.safetensors"),
-        "sweeps": [{"budgets": [0.7], "methods": ["tome", "diffrate/gflops", "tome/ms", "random"]}],
+        "sweeps": [{"budgets": [0.7], "methods": ["tome", "diffrate/gflops", "tome/gflops", "tome/ms", "random"]}],
         "fixed": ["tome:r=0", "na:window=3"], "tuned": ["na:window=3"], "learn.batch": 8,
         "learn.seconds": 1, "tune.batch": 8,
     }  # fmt: skip
@@ -152,8 +152,8 @@ def test_the_sweep_measures_every_row_and_goes_on(
     by_label = {row["label"]: row for row in rows}
     learned = "diffrate, learned by GFLOPs"
     assert list(by_label) == [
-        "dense", "chain only", "tome", learned, "tome, learned by ms", "random", "na",
-        "na + 1 epoch",
+        "dense", "chain only", "tome", learned, "tome, learned by GFLOPs", "tome, learned by ms",
+        "random", "na", "na + 1 epoch",
     ]  # fmt: skip
     dense, tome = by_label["dense"], by_label["tome"]
     assert dense["agreement"] == 1 and dense["n"] == 40

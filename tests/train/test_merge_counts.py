@@ -101,6 +101,19 @@ def test_counts_beyond_half_of_the_patches_merge_half() -> None:
     assert (model(images) - real(images)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("share", [0.9, 0.6, 0.45])
+def test_meeting_a_target_scales_what_can_be_scaled(share: float) -> None:
+    """Where a block merges half already, later ones make up for it."""
+    shape = ModelShape.plain(64, 12, (14, 14))
+    rates, cost = MergeRates(shape), FlopsCost(shape)
+    for numbers in ([3] * 12, [0, 90, 0, 40, 1, 0, 0, 0, 0, 0, 0, 0], list(range(12))):
+        met = cost.meet(Schedule.merging(shape, numbers), share * cost.dense, rates.allowed)
+        spent = cost.exactly(met)
+        assert (share - 0.03) * cost.dense < spent <= share * cost.dense
+        assert ToMe.from_schedule(met).plan(shape) == met
+        assert rates.allowed(met) == met
+
+
 def test_matching_in_slots_is_a_loop_over_pairs() -> None:
     torch.manual_seed(0)
     metric, prefix, entering = torch.randn(2, 23, 5), 2, 17

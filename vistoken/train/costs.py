@@ -77,7 +77,7 @@ class Cost(nn.Module):
     ) -> Schedule:
         """A schedule of the same form that uses up the target: all removals by one factor.
 
-        Blocks that rest go on resting.
+        Blocks that rest go on resting, unless the others cannot meet the target.
 
         Args:
             schedule: counts that cost more or less than the target.
@@ -85,19 +85,24 @@ class Cost(nn.Module):
             allowed: brings counts to what the operator can do.
 
         Raises:
-            ScheduleError: no factor up to 4 makes it that cheap.
+            ScheduleError: no counts are that cheap.
         """
         shape, fewest = self.shape, self.shape.prefix + 1
 
-        def scaled(factor: float) -> Schedule:
-            kept = [
-                [max(fewest, shape.tokens - round(factor * (shape.tokens - n))) for n in pair]
-                for pair in schedule.counts
-            ]
+        def changed(factor: float, more: float = 0.0) -> Schedule:
+            kept = []
+            for block, pair in enumerate(schedule.counts):
+                own = [factor * (shape.tokens - n) + more * (block + 1) for n in pair]
+                kept.append([max(fewest, shape.tokens - round(n)) for n in own])
             counts = Schedule.from_lists(shape.tokens, shape.prefix, *zip(*kept, strict=True))
             return allowed(counts)
 
-        return scaled(solve(target, 0.0, 4.0, lambda factor: self.exactly(scaled(factor))))
+        try:
+            return changed(solve(target, 0.0, 4.0, lambda factor: self.exactly(changed(factor))))
+        except ScheduleError:
+            most = float(shape.patches)
+            more = solve(target, 0.0, most, lambda more: self.exactly(changed(1.0, more)))
+            return changed(1.0, more)
 
 
 class FlopsCost(Cost):

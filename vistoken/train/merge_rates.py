@@ -71,9 +71,12 @@ class MergeRates(Rates):
         )
 
     def allowed(self, schedule: Schedule) -> Schedule:
-        """The counts of a schedule, with at most half of the patches merged in a block."""
-        steps = schedule.steps
-        return Schedule.merging(self.shape, [step.tokens - step.merged for step in steps])
+        """The counts of a schedule, raised where more than half of the patches would merge."""
+        before, numbers = self.shape.tokens, []
+        for wanted in schedule.kept:
+            numbers.append(min(max(0, before - wanted), (before - self.shape.prefix) // 2))
+            before -= numbers[-1]
+        return Schedule.merging(self.shape, numbers)
 
     def fewest_counts(self) -> Schedule:
         """The schedule of the smallest candidates that this operator can hold."""
