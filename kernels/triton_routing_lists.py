@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vistoken.kernels.dispatch import on_device
 from vistoken.kernels.routing_regions import Sides, count_regions
+from vistoken.kernels.routing_tiles import shared_limit
 from vistoken.kernels.triton_neighborhood_launch import precision, rows_packed, wide
 from vistoken.kernels.triton_routing_geometry import place
 from vistoken.kernels.triton_routing_launch import strides
@@ -24,11 +25,17 @@ ROWS = 16
 LOADS = 2048
 """Values of queries, and as many of keys, that a warp has on their way at once."""
 
-MAX_TOGETHER = 2**18
-"""Most values of an image's queries for lists by one launch."""
+MIN_TOGETHER = 2**17
+"""Fewest values of an image's queries for lists by one launch: below, its ranking is too long."""
 
-AHEAD = 2**14
-"""Bytes of keys that a step of such a launch reads; with `blocks`' stages 96 KiB are shared."""
+MIN_PROGRAMS = 64
+"""Fewest programs of such a launch: with fewer, most of the GPU would read nothing."""
+
+AHEAD = 2**15
+"""Bytes of keys that a step of such a launch reads."""
+
+SHARED_TOGETHER = 150 * 2**10
+"""Shared memory that a GPU needs for it: three stages of keys and half as many of queries."""
 
 
 @triton.jit(do_not_specialize=["nx", "ny", "size_x", "size_y", "regions", "heads", "key_heads"])
@@ -175,9 +182,20 @@ def share(channels: int, tokens: int, regions: int) -> tuple[int, int, int]:
     return min(LOADS // block_c // block_t, triton.next_power_of_2(regions)), block_t, block_c
 
 
-def together(channels: int, grid: Sides, regions: int) -> bool:
-    """Whether one program reads a whole image for its lists; larger ones are read by many."""
-    return regions <= 64 and channels * math.prod(grid) <= MAX_TOGETHER
+def together(channels: int, grid: Sides, regions: int, lines: int, limit: int | None) -> bool:
+    """Whether one program reads a whole image for its lists, in one launch.
+
+    Args:
+        channels: of queries, of all heads or of one.
+        grid: rows and columns.
+        regions: of the map.
+        lines: maps that get lists of their own: images, or images times heads.
+        limit: shared memory of the GPU in bytes, or None where that is not known.
+    """
+    programs = lines * -(-regions // 32)
+    enough = limit is None or limit >= SHARED_TOGETHER
+    large = channels * math.prod(grid) >= MIN_TOGETHER
+    return regions <= 64 and programs >= MIN_PROGRAMS and enough and large
 
 
 def blocks(channels: int, tokens: int, regions: int, bytes_: int) -> dict[str, int]:
@@ -198,7 +216,8 @@ def route(q: Tensor, k: Tensor, size: Sides, topk: int, per_head: bool) -> Tenso
     lists = q.new_empty(batch, heads if per_head else 1, regions, min(topk, regions),
                         dtype=torch.int32)  # fmt: skip
     channels = dim if per_head else heads * dim
-    if together(channels, (rows, columns), regions):
+    lines = lists.shape[0] * lists.shape[1]
+    if together(channels, (rows, columns), regions, lines, shared_limit(q.device)):
         choose_at_once(
             q, k, lists, size, blocks(channels, math.prod(size), regions, q.element_size())
         )
@@ -208,7 +227,7 @@ def route(q: Tensor, k: Tensor, size: Sides, topk: int, per_head: bool) -> Tenso
 
 
 def choose_at_once(q: Tensor, k: Tensor, lists: Tensor, size: Sides, block: dict[str, int]) -> None:
-    """Fills lists in one launch, the best for small images."""
+    """Fills lists in one launch: means never leave the program, and nothing waits for them."""
     batch, *grid, heads, dim = q.shape
     _, lines, regions, listed = lists.shape
     _choose[-(-regions // block["BR"]), lines, batch](
@@ -233,7 +252,7 @@ def choose_by_means(q: Tensor, k: Tensor, lists: Tensor, size: Sides) -> None:
     block = max(16, triton.next_power_of_2(regions))
     _best[-(-regions // ROWS), lines, batch](
         mean_q, mean_k, lists, regions, listed, heads, heads // key_heads,
-        PER_HEAD=lines > 1, D=dim, BR=ROWS, BN=block, BC=64 if block <= 64 else 16,
+        PER_HEAD=lines > 1, D=dim, BR=ROWS, BN=block, BC=32 if block <= 64 else 16,
         PRECISION=precision(4), num_warps=4,
     )  # fmt: skip
 

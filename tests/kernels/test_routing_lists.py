@@ -130,17 +130,27 @@ def test_inverse_lists(shape, counted):
 
 
 @pytest.mark.parametrize(
-    ("grid", "heads", "batch", "once"),
-    [((14, 14), 12, 1, True), ((28, 28), 6, 2, True), ((56, 56), 3, 1, False)],
+    ("grid", "heads", "batch", "limit", "once"),
+    [
+        ((28, 28), 6, 64, None, True),
+        ((28, 28), 6, 32, 227 * 1024, True),
+        ((28, 28), 6, 64, 99 * 1024, False),  # too little shared memory
+        ((28, 28), 6, 31, None, False),  # too few programs
+        ((14, 14), 12, 64, None, False),  # too little to read
+        ((128, 128), 3, 64, None, True),
+    ],
 )
-def test_small_images_take_one_launch(monkeypatch, grid, heads, batch, once):
+def test_what_is_read_by_many_programs_takes_one_launch(
+    monkeypatch, grid, heads, batch, limit, once
+):
     ran = []
+    monkeypatch.setattr(kernels, "shared_limit", lambda device: limit)
     for name in ("choose_at_once", "choose_by_means"):
         monkeypatch.setattr(kernels, name, lambda *args, name=name: ran.append(name))
-    q, k = torch.randn(2, batch, *grid, heads, 32, device=DEVICE)
-    size = grid[0] // 7, grid[1] // 7
-    kernels.route(q, k, size, 4, False)
-    kernels.route(q[..., :1, :], k[..., :1, :], (1, 1), 4, False)  # too many regions
+    q, k = torch.empty(2, batch, *grid, heads, 32, device="meta", dtype=torch.float16)
+    monkeypatch.setattr(kernels, "rows_packed", lambda x: x)
+    kernels.route(q, k, (grid[0] // 7, grid[1] // 7), 4, False)
+    kernels.route(q, k, (1, 1), 4, False)  # too many regions
     assert ran == ["choose_at_once" if once else "choose_by_means", "choose_by_means"]
 
 
