@@ -131,7 +131,8 @@ def read(scripts: SimpleNamespace, config: Path, folder: Path) -> dict:
         "model_args": TINY, "image_size": 70, "batch": 8, "num_workers": 0,
         "data.clothing.root": str(folder / "data"), "data.clothing.stored": 70,
         "data.clothing.splits": ["test"], "data.clothing.checkpoint": str(folder / "w.safetensors"),
-        "sweeps": [{"budgets": [0.7], "methods": ["tome", "diffrate/gflops", "tome/gflops", "tome/ms", "random"]}],
+        "sweeps": [{"budgets": [0.7], "methods": ["tome", "diffrate/gflops", "tome/gflops",
+                                                  "tome/ms", "random"]}],
         "fixed": ["tome:r=0", "na:window=3"], "tuned": ["na:window=3"], "learn.batch": 8,
         "learn.seconds": 1, "tune.batch": 8,
     }  # fmt: skip
