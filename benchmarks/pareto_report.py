@@ -82,12 +82,22 @@ def unpack(row: Row) -> np.ndarray:
     return np.unpackbits(bits, count=row["n"]).astype(bool)
 
 
+RIVALS = ("tome", "diffrate, closed form", "evit", "tofu")
+"""What learned counts are compared with, besides those of the same operator learned otherwise."""
+
+
 def contests(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """Learned counts of a data set, each beside every other row of the same budget."""
-    learned = [row for row in rows if "schedule" in row]
+    """Learned counts of a data set, each beside its rivals of the same budget."""
+    learned = [row for row in rows if "schedule" in row and sum(row["removed"]) > 0]
     return [(row, other) for row in learned for other in rows
-            if other is not row and other["budget"] == row["budget"]
-            and not ("schedule" in other and row["wanted"] < other["wanted"])]  # fmt: skip
+            if other["budget"] == row["budget"] and _is_rival(row, other)]  # fmt: skip
+
+
+def _is_rival(row: Row, other: Row) -> bool:
+    if "schedule" in other:
+        operator, _, unit = row["wanted"].partition("/")
+        return unit == "ms" and other["wanted"] == f"{operator}/gflops"
+    return other["label"] in RIVALS
 
 
 def _contest_lines(rows: Sequence[Row]) -> list[str]:
@@ -180,8 +190,8 @@ def draw(rows: Sequence[Row], axis: str, title: str, path: Path) -> Path:
 
 
 def _limits(values: Sequence[float], low: float, high: float) -> tuple[float, float]:
-    """The accuracies that matter: what lost more than 25 points leaves the picture."""
-    floor = max(min(values), low - 25)
+    """The accuracies that matter: what lost more than 12 points leaves the picture."""
+    floor = max(min(values), low - 12)
     room = 0.04 * (max(*values, high) - floor) + 0.1
     return floor - room, max(*values, high) + room
 
@@ -219,8 +229,14 @@ def write_report(record: dict[str, Any], path: Path) -> list[Path]:
     return written
 
 
+SPLIT = ("--data", "--parts", "--out", "--seconds")
+"""Options with one value by which a sweep is divided."""
+
+
 def join(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One record of several runs; of rows that answer the same, the first stays.
+
+    `command` is the one that makes all rows on one GPU, `runs` are those that made them.
 
     Raises:
         ValueError: the runs differ in device or versions.
@@ -233,8 +249,10 @@ def join(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     rows: dict[tuple[Any, ...], Row] = {}
     for row in (row for record in records for row in record["rows"]):
         rows.setdefault((row["case"], row["label"], row["wanted"], row["budget"]), row)
-    commands = dict.fromkeys(record["command"] for record in records)
-    return {**first, "command": "; ".join(commands), "rows": list(rows.values())}
+    runs = list(dict.fromkeys(record["command"] for record in records))
+    words = iter(runs[0].split())
+    command = [word for word in words if not (word in SPLIT and next(words))]
+    return {**first, "command": " ".join(command), "runs": runs, "rows": list(rows.values())}
 
 
 def main() -> None:

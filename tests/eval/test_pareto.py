@@ -185,18 +185,23 @@ def test_runs_are_joined_and_learned_counts_compared(scripts: SimpleNamespace) -
     report, pack = scripts.pareto_report, scripts.pareto_bench.pack
     mine, theirs = (torch.rand(21) < share for share in (0.8, 0.6))
     base = {"case": "c", "budget": "0.7", "n": 21}
-    own = {**base, "label": "learned", "wanted": "l", "schedule": {}, "hits": pack(mine)}
+    own = {**base, "label": "learned", "wanted": "tome/ms", "schedule": {}, "removed": [0, 9],
+           "hits": pack(mine)}  # fmt: skip
     other = {**base, "label": "tome", "wanted": "tome", "hits": pack(theirs)}
-    far = {**other, "budget": "0.4"}
+    far, weak = {**other, "budget": "0.4"}, {**other, "label": "random"}
+    flops, less = {**own, "wanted": "tome/gflops"}, {**own, "removed": [0, 0]}
     gain = mine.double() - theirs.double()
     mean, half = report.compare(own, other)
     assert mean == pytest.approx(float(gain.mean()))
     assert half == pytest.approx(1.96 * float(gain.std(unbiased=False)) / 21**0.5)
-    assert report.contests([own, other, far]) == [(own, other)]
-    runs = [{"device": "d", "versions": {"torch": "1"}, "command": str(i), "rows": rows}
+    assert report.contests([own, other, far, weak]) == [(own, other)]
+    assert report.contests([own, flops]) == [(own, flops)] and not report.contests([less, other])
+    runs = [{"device": "d", "versions": {"torch": "1"}, "rows": rows,
+             "command": f"python a.py --config c --data {i} --out o --parts p"}
             for i, rows in enumerate([[own], [{**own, "n": 3}, other]])]  # fmt: skip
     joined = report.join(runs)
-    assert joined["rows"] == [own, other] and joined["command"] == "0; 1"
+    assert joined["rows"] == [own, other] and joined["command"] == "python a.py --config c"
+    assert joined["runs"] == [run["command"] for run in runs]
     with pytest.raises(ValueError, match="versions"):
         report.join([runs[0], {**runs[1], "versions": {"torch": "2"}}])
 
