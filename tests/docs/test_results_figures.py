@@ -166,3 +166,23 @@ def test_maps_table(text: str) -> None:
 def test_pictures_are_there() -> None:
     for name in re.findall(r"images/([\w-]+\.png)", (ROOT / "docs/results.md").read_text()):
         assert Path(ROOT / "docs/images" / name).stat().st_size < 400_000
+
+
+def test_table_of_the_readme() -> None:
+    rows_of = {
+        "dense": ("dense", None), "dense, `torch.compile`": ("dense, compiled", None),
+        "fused chain alone, `tome:r=0`": ("chain only", None),
+    }  # fmt: skip
+    budgets = {"`tome`": ["1.4f", "1.6f"], "`tome`, learned counts": ["1.8f"],
+               "`tofu`": ["1.8f", "2.2f"]}  # fmt: skip
+    names = {"`tome`": "tome", "`tome`, learned counts": LEARNED[0], "`tofu`": "tofu"}
+    found, photos = sweep("cifar10"), sweep("clothing")
+    for name, speed, times, *cells in table_after("README.md", "## Accuracy against measured time"):
+        key = rows_of[name] if name in rows_of else (names[name], budgets[name].pop(0))
+        assert speed == f"{found[key]['per_second']:,.0f}"
+        assert times == f"{found[key]['speedup']:.2f}x"
+        for cell, row in zip(cells, (found[key], photos[key]), strict=True):
+            gap, half = 100 * row["minus_dense"], 100 * row["minus_dense_half95"]
+            top1, loss = f"{100 * row['top1']:.2f} %", f"{gap:+.1f} ± {half:.1f}"
+            assert cell == (top1 if name == "dense" else loss)
+    assert not any(budgets.values())
