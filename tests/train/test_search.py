@@ -25,8 +25,11 @@ from vistoken.methods import DiffRate
 from vistoken.probe import Case
 from vistoken.schedule import Schedule
 from vistoken.shape import ModelShape
+from vistoken.train import judge, search
 from vistoken.train.costs import FlopsCost, LatencyCost
 from vistoken.train.learn import RateLearning, within
+from vistoken.train.masked import twin
+from vistoken.train.operators import OPERATORS
 from vistoken.train.rates import Rates
 from vistoken.train.search import learn_schedule
 
@@ -289,3 +292,50 @@ def test_a_loader_that_runs_out_is_an_error(model, loader) -> None:
     for spent in ([], (tuple(batch) for batch in loader)):
         with pytest.raises(ConfigError, match="loader: a pass gave no batch"):
             learn_schedule(model, spent, target_speedup=1.25, steps=5)
+
+
+@pytest.mark.parametrize("operator", ["diffrate", "tome"])
+def test_counts_clearly_worse_than_unlearned_ones_are_given_up(
+    model: torch.nn.Module, loader: DataLoader, operator: str
+) -> None:
+    for tensor in model.parameters():  # So that what is dropped matters.
+        tensor.data.mul_(3)
+    shape, kind = shape_of(model), OPERATORS[operator]
+    module = RateLearning(
+        backbone=twin(model, shared=False), operator=operator, labels=0.0, distill=1.0,
+        target_gflops=0.8 * FlopsCost(shape).dense,
+    )  # fmt: skip
+    module.setup("fit")
+    assert module.cost is not None
+    plain = within(module.cost.closest(module.target, kind.method), module.rates)
+    plain = module.cost.meet(plain, module.target, module.rates.allowed)
+    early = {"diffrate": ((37, 37), (5, 3), (3, 2)), "tome": ((37, 19), (19, 10), (10, 6))}
+    poor = Schedule(37, 1, early[operator])
+    images = torch.cat([batch[0] for batch in loader])
+    with torch.no_grad():
+        dense = model(images).log_softmax(-1)
+
+    def divergence(schedule: Schedule) -> torch.Tensor:
+        with torch.no_grad():
+            own = vistoken.wrap(twin(model), kind.build(schedule))(images).log_softmax(-1)
+        return F.kl_div(own, dense, log_target=True, reduction="none").sum(1).double()
+
+    found = judge.losses(module, poor, list(loader))
+    assert torch.allclose(found, divergence(poor), atol=1e-6), "each image's own loss"
+    gap = divergence(poor) - divergence(plain)
+    assert gap.mean() > 2 * gap.std() / len(gap) ** 0.5
+    with pytest.warns(UserWarning, match=f"{operator} without learning .* taking these"):
+        assert judge.better(module, poor, loader) == plain
+    assert judge.better(module, plain, loader) == plain
+    noisy = [(images[:2], torch.zeros(2, dtype=torch.long))]
+    noisy_gap = gap[:2]
+    kept = judge.better(module, poor, noisy)
+    assert (kept == poor) == bool(noisy_gap.mean() <= 2 * noisy_gap.std() / 2**0.5)
+    assert judge.better(module, poor, []) == poor, "nothing speaks against them"
+
+
+def test_the_judge_has_the_last_word(model, loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = FlopsCost(shape_of(model)).closest(0.8 * FlopsCost(shape_of(model)).dense)
+    monkeypatch.setattr(search, "better", lambda module, learned, batches: plain)
+    target = 0.8 * FlopsCost(shape_of(model)).dense
+    assert learn_schedule(model, loader, target_gflops=target, steps=2) == plain

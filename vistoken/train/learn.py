@@ -179,8 +179,8 @@ class RateLearning(LightningModule):  # type: ignore[misc]
         """Fix the target, refuse what cannot be reached, and set the first counts.
 
         Raises:
-            ConfigError: not exactly one target, a target that this cost does not have, or a trainer
-                that keeps the logits in half precision.
+            ConfigError: not exactly one target, a target that this cost does not have, times of
+                another model or operator, or a trainer that keeps the logits in half precision.
             ScheduleError: the target, or the first counts, are out of reach.
         """
         given = self.hparams
@@ -201,7 +201,7 @@ class RateLearning(LightningModule):  # type: ignore[misc]
             if start is not None:
                 # Counts of another model are left as they are, for `load` to refuse.
                 fits = (start.tokens, start.depth) == (shape.tokens, shape.depth)
-                self.rates.load(within(start, self.rates) if fits else start)
+                self.rates.load(self.rates.allowed(start) if fits else start)
 
     def _make_cost(self) -> Cost:
         """The cost model; a latency table is measured by one process for all."""
@@ -211,7 +211,20 @@ class RateLearning(LightningModule):  # type: ignore[misc]
         table = None
         if self.trainer.is_global_zero:
             table = self._latency_table()
-        return LatencyCost(self.trainer.strategy.broadcast(table))
+        table = self.trainer.strategy.broadcast(table)
+        self._check_table(table)
+        return LatencyCost(table)
+
+    def _check_table(self, table: LatencyTable) -> None:
+        """Raise `ConfigError` for times of another operator or model."""
+        operator, own, timed = self.hparams["operator"], self.rates.shape, table.shape
+        alike = (timed.grid, timed.prefix, timed.blocks) == (own.grid, own.prefix, own.blocks)
+        if table.case.method != operator or not alike:
+            raise ConfigError(
+                f"the latency table times {table.case.method!r} on {timed.depth} blocks with "
+                f"{timed.tokens} tokens of {timed.width} channels; needed are times of "
+                f"{operator!r} on {own.depth} blocks with {own.tokens} tokens of {own.width}"
+            )
 
     def _latency_table(self) -> LatencyTable:
         """The given table, or this machine's in the number format of inference."""
@@ -332,6 +345,10 @@ class RateLearning(LightningModule):  # type: ignore[misc]
         """Bring the copies that are no submodules to the device."""
         self._to_device()
 
+    def aside(self, name: Literal["evaluator", "teacher"]) -> nn.Module:
+        """A copy of the model that is no submodule: for real reduction, or dense."""
+        return self._aside[name]
+
     def _to_device(self) -> None:
         for model in (*self._aside.values(), *([self.cost] if self.cost is not None else [])):
             model.to(self.device)
@@ -390,20 +407,3 @@ class RateLearning(LightningModule):  # type: ignore[misc]
             self.matching.save(folder / "features.safetensors")
         self.rates.schedule().save(folder / "schedule.json")
         return folder / "schedule.json"
-
-
-def within(schedule: Schedule, rates: Rates) -> Schedule:
-    """A schedule as a start that the rates can hold.
-
-    Removals in blocks that are not learned wait for the next learned one, and no count lies below
-    the smallest candidate.
-    """
-    shape, fewest = rates.shape, rates.fewest
-    counts, before = [], shape.tokens
-    for block, pair in enumerate(schedule.counts):
-        pruned, merged = (min(before, max(fewest, count)) for count in pair)
-        if block not in rates.blocks:
-            pruned = merged = before
-        counts.append((pruned, merged))
-        before = merged
-    return Schedule(shape.tokens, shape.prefix, tuple(counts))

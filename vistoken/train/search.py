@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vistoken.errors import ConfigError
 from vistoken.latency import LatencyTable
 from vistoken.schedule import Schedule
+from vistoken.train.judge import better
 from vistoken.train.learn import RateLearning
 from vistoken.train.masked import twin
 
@@ -68,7 +69,9 @@ def learn_schedule(
         folder: where `schedule.json` and `schedule.png` are left; None leaves nothing.
 
     Returns:
-        A schedule that costs the target at most, and as little less as whole counts allow.
+        A schedule that costs the target at most, and as little less as whole counts allow: the
+        learned one or, where that is clearly worse on the first batches, the operator's own
+        without learning (with a warning).
 
     Raises:
         ConfigError: an unknown operator, a number out of range, not exactly one target, a table
@@ -119,9 +122,20 @@ def _learn(
         assert module.cost is not None
         learned = module.rates.schedule()
         met = module.cost.meet(learned, module.target, module.rates.allowed)
+        met = better(module, met, _batches(loader))
         if folder is not None:
             met.save(Path(folder) / "schedule.json")
     return met
+
+
+def _batches(
+    loader: Iterable[tuple[Tensor, Tensor]] | LightningDataModule,
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """The training batches of a loader or of a module of data that was set up."""
+    if isinstance(loader, LightningDataModule):
+        found: Iterable[tuple[Tensor, Tensor]] = loader.train_dataloader()
+        return found
+    return loader
 
 
 class Passes:
