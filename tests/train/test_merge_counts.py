@@ -13,6 +13,7 @@ from torch import nn
 import vistoken
 from vistoken.api import shape_of
 from vistoken.errors import ConfigError, ScheduleError, UnsupportedMethodError
+from vistoken.latency import LatencyTable
 from vistoken.methods import DiffRate, ToMe
 from vistoken.schedule import Schedule
 from vistoken.shape import ModelShape
@@ -23,7 +24,7 @@ from vistoken.train.masked import release, simulate, twin
 from vistoken.train.masked_merge import MergeSimulation, pair_up_in_place
 from vistoken.train.merge_rates import MergeRates
 from vistoken.train.merging import merge_in_place
-from vistoken.train.rates import Plan
+from vistoken.train.rates import Plan, Rates
 from vistoken.train.search import learn_schedule
 
 MODELS = {
@@ -112,6 +113,48 @@ def test_meeting_a_target_scales_what_can_be_scaled(share: float) -> None:
         assert (share - 0.03) * cost.dense < spent <= share * cost.dense
         assert ToMe.from_schedule(met).plan(shape) == met
         assert rates.allowed(met) == met
+
+
+@pytest.mark.parametrize("kind", [Rates, MergeRates])
+def test_meeting_a_target_leaves_blocks_that_are_not_learned_alone(kind: type[Rates]) -> None:
+    shape = ModelShape.plain(64, 8, (9, 9))
+    rates, cost = kind(shape, blocks=(2, 6)), FlopsCost(shape)
+    start = Schedule.merging(shape, [0, 35, 0, 0, 0, 0, 3, 0])
+    for share in (0.9, 0.8, 0.75):
+        met = cost.meet(start, share * cost.dense, rates.allowed)
+        assert (share - 0.03) * cost.dense < cost.exactly(met) <= share * cost.dense
+        assert all(step.idle for step in met.steps if step.block not in rates.blocks)
+
+
+@pytest.mark.parametrize("granularity", [1, 10])
+def test_the_fewest_counts_are_those_of_the_smallest_candidates(granularity: int) -> None:
+    shape = ModelShape.plain(64, 8, (7, 7))
+    rates, cost = MergeRates(shape, (0, 1, 2, 4, 5, 7), granularity), FlopsCost(shape)
+    with torch.no_grad():
+        rates.logits[..., -1] = 100.0
+    assert rates.fewest_counts() == rates.schedule()
+    lowest = cost.exactly(rates.schedule())
+    check_reachable(cost, rates, 1.001 * lowest)
+    with pytest.raises(ScheduleError, match="cannot be reached"):
+        check_reachable(cost, rates, 0.999 * lowest)
+
+
+def test_a_start_that_merges_more_than_half_is_raised_to_half() -> None:
+    module = RateLearning(backbone=build("no class"), operator="tome", target_speedup=1.3,
+                          init="tome:r=9", blocks=(0, 3))  # fmt: skip
+    module.setup("fit")
+    assert module.rates.schedule().kept == (12, 12, 12, 6)
+    assert module.rates.counts.flatten().tolist() == [12, 6]
+
+
+def test_times_of_another_operator_or_model_are_refused() -> None:
+    model, other = build("class"), build("distilled")
+    loader = torch.utils.data.DataLoader(Noise(), 16)
+    for timed, method in ((model, "diffrate"), (other, "tome")):
+        table = LatencyTable.measure(timed, batch=1, method=method, step=8, repeats=1)
+        with pytest.raises(ConfigError, match=f"times '{method}' on 4 blocks .* needed .* 'tome'"):
+            learn_schedule(model, loader, target_speedup=1.1, operator="tome", cost="latency",
+                           table=table, steps=1)  # fmt: skip
 
 
 def test_matching_in_slots_is_a_loop_over_pairs() -> None:
@@ -249,5 +292,10 @@ def test_what_does_not_go_together_is_refused() -> None:
         )
     with pytest.raises(ScheduleError, match="prunes"):
         ToMe.from_schedule(DiffRate(gflops=0.8 * FlopsCost(shape).dense).plan(shape))
+    halved = ((26, 14), (14, 8), (8, 5), (5, 5))
+    assert ToMe.from_schedule(Schedule(26, 1, halved)).plan(shape).counts == halved
+    for beyond in (((26, 13),) + ((13, 13),) * 3, ((26, 14), (14, 7), (7, 7), (7, 7))):
+        with pytest.raises(ScheduleError, match=r"merges (13 of 25|7 of 13) .* at most half"):
+            ToMe.from_schedule(Schedule(26, 1, beyond))
     with pytest.raises(UnsupportedMethodError, match="operator='tome'"):
         RateLearning(backbone=build("no class"), target_speedup=1.3)

@@ -89,7 +89,7 @@ class ToMe(Method):
             schedule: a `Schedule`, or the path of a file written by `Schedule.save`.
 
         Raises:
-            ScheduleError: the schedule prunes.
+            ScheduleError: the schedule prunes, or merges more than half of a block's patches.
         """
         if not isinstance(schedule, Schedule):
             schedule = Schedule.load(schedule)
@@ -98,6 +98,12 @@ class ToMe(Method):
                 raise ScheduleError(
                     f"block {step.block} prunes {step.tokens - step.pruned} tokens; {cls.name} "
                     "only merges: load the schedule with DiffRate(schedule=...)"
+                )
+            merged, patches = step.tokens - step.merged, step.tokens - schedule.prefix
+            if merged > patches // 2:
+                raise ScheduleError(
+                    f"block {step.block} merges {merged} of {patches} patch tokens; {cls.name} "
+                    "merges at most half: load the schedule with DiffRate(schedule=...)"
                 )
         return cls(r=tuple(step.tokens - step.merged for step in schedule.steps))
 

@@ -407,3 +407,8 @@ class RateLearning(LightningModule):  # type: ignore[misc]
             self.matching.save(folder / "features.safetensors")
         self.rates.schedule().save(folder / "schedule.json")
         return folder / "schedule.json"
+
+
+def within(schedule: Schedule, rates: Rates) -> Schedule:
+    """A schedule as a start that the rates can hold: `Rates.allowed`."""
+    return rates.allowed(schedule)

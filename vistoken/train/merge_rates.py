@@ -71,14 +71,14 @@ class MergeRates(Rates):
         )
 
     def allowed(self, schedule: Schedule) -> Schedule:
-        """The counts of a schedule, raised where more than half of the patches would merge."""
+        """The same, also raised where more than half of the patches would merge."""
         before, numbers = self.shape.tokens, []
-        for wanted in schedule.kept:
-            numbers.append(min(max(0, before - wanted), (before - self.shape.prefix) // 2))
+        for block, wanted in enumerate(schedule.kept):
+            most = (before - self.shape.prefix) // 2 if block in self.blocks else 0
+            numbers.append(min(max(0, before - max(self.fewest, wanted)), most))
             before -= numbers[-1]
         return Schedule.merging(self.shape, numbers)
 
     def fewest_counts(self) -> Schedule:
         """The schedule of the smallest candidates that this operator can hold."""
-        most = [self.shape.tokens if b in self.blocks else 0 for b in range(self.shape.depth)]
-        return Schedule.merging(self.shape, most)
+        return self.allowed(super().fewest_counts())

@@ -40,6 +40,6 @@ OPERATORS = {
 
 def operator_named(name: str) -> Operator:
     """An operator by name, or a `ConfigError`."""
-    if name not in OPERATORS:
+    if name not in tuple(OPERATORS):
         raise ConfigError(f"operator={name!r}: must be one of {', '.join(OPERATORS)}")
     return OPERATORS[name]

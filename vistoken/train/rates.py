@@ -172,8 +172,19 @@ class Rates(nn.Module):
     # Schedules ------------------------------------------------------------------------------------
 
     def allowed(self, schedule: Schedule) -> Schedule:
-        """The counts of a schedule, as far as the operator can go."""
-        return schedule
+        """The counts of a schedule, as far as the rates can hold them.
+
+        Removals in blocks that are not learned wait for the next learned one, and no count lies
+        below the smallest candidate.
+        """
+        counts, before = [], self.shape.tokens
+        for block, pair in enumerate(schedule.counts):
+            pruned, merged = (min(before, max(self.fewest, count)) for count in pair)
+            if block not in self.blocks:
+                pruned = merged = before
+            counts.append((pruned, merged))
+            before = merged
+        return Schedule(self.shape.tokens, self.shape.prefix, tuple(counts))
 
     def fewest_counts(self) -> Schedule:
         """The schedule of the smallest candidates."""
