@@ -148,6 +148,7 @@ def test_parse(text, method):
         ("zero_tprune:similar=2", "in .0, 1."),
         ("zero_tprune:iterations=[1,2]", "three integers"),
         ("mctf:temperatures=[1,2]", "three positive numbers"),
+        ("mctf:temperatures=[1e999,20,40]", "three positive numbers"),
         ("pool:stride=1", "an integer >= 2"),
         ("pool:round_to=8", "grid cells cannot be rounded"),
         ("tofu:prune_blocks=-1", ">= 0"),

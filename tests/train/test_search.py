@@ -27,7 +27,7 @@ from vistoken.schedule import Schedule
 from vistoken.shape import ModelShape
 from vistoken.train import judge, search
 from vistoken.train.costs import FlopsCost, LatencyCost
-from vistoken.train.learn import RateLearning, within
+from vistoken.train.learn import RateLearning
 from vistoken.train.masked import twin
 from vistoken.train.operators import OPERATORS
 from vistoken.train.rates import Rates
@@ -211,7 +211,7 @@ def test_counts_below_the_smallest_candidate_are_refused_and_starts_raised() -> 
     with pytest.raises(ScheduleError, match=r"block 2 keeps 3 tokens.* 6; .*divides 20"):
         rates.load(low)
     assert torch.equal(rates.logits, before)
-    rates.load(within(low, rates))
+    rates.load(rates.allowed(low))
     assert rates.schedule().counts == ((22, 22), (9, 8), (7, 6))
 
 
@@ -307,7 +307,7 @@ def test_counts_clearly_worse_than_unlearned_ones_are_given_up(
     )  # fmt: skip
     module.setup("fit")
     assert module.cost is not None
-    plain = within(module.cost.closest(module.target, kind.method), module.rates)
+    plain = module.rates.allowed(module.cost.closest(module.target, kind.method))
     plain = module.cost.meet(plain, module.target, module.rates.allowed)
     early = {"diffrate": ((37, 37), (5, 3), (3, 2)), "tome": ((37, 19), (19, 10), (10, 6))}
     poor = Schedule(37, 1, early[operator])

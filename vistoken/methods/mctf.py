@@ -36,8 +36,8 @@ class MCTF(ToMe):
         """Check the three temperatures too."""
         super().check()
         object.__setattr__(self, "temperatures", tuple(self.temperatures))
-        ok = len(self.temperatures) == 3 and all(t > 0 for t in self.temperatures)
-        require(self, "temperatures", ok, "three positive numbers")
+        ok = len(self.temperatures) == 3 and all(0 < t < float("inf") for t in self.temperatures)
+        require(self, "temperatures", ok, "three positive numbers below infinity")
 
     @property
     def needs(self) -> frozenset[Need]:

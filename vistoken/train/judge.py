@@ -13,7 +13,7 @@ from torch import Tensor
 from vistoken.api import unwrap, wrap
 from vistoken.errors import ScheduleError
 from vistoken.schedule import Schedule
-from vistoken.train.learn import RateLearning, within
+from vistoken.train.learn import RateLearning
 
 BATCHES = 8
 """Batches that judge; differences that matter show on few."""
@@ -40,7 +40,7 @@ def better(
     assert module.cost is not None
     try:
         plain = module.cost.closest(module.target, module.operator.method)
-        plain = within(plain, module.rates)
+        plain = module.rates.allowed(plain)
         plain = module.cost.meet(plain, module.target, module.rates.allowed)
     except ScheduleError:
         return learned

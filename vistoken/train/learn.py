@@ -28,7 +28,7 @@ from vistoken.train.masked import simulate, twin
 from vistoken.train.matching import Matching
 from vistoken.train.operators import operator_named
 from vistoken.train.order import StepSeeds
-from vistoken.train.rates import Carry, Rates, initial_schedule
+from vistoken.train.rates import Carry, initial_schedule
 from vistoken.train.report import DataWait, RateReport
 from vistoken.train.schedules import cosine_factor, time_progress
 
@@ -407,8 +407,3 @@ class RateLearning(LightningModule):  # type: ignore[misc]
             self.matching.save(folder / "features.safetensors")
         self.rates.schedule().save(folder / "schedule.json")
         return folder / "schedule.json"
-
-
-def within(schedule: Schedule, rates: Rates) -> Schedule:
-    """A schedule as a start that the rates can hold: `Rates.allowed`."""
-    return rates.allowed(schedule)
