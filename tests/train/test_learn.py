@@ -235,6 +235,8 @@ def test_every_configuration_parses(path: Path, capsys: pytest.CaptureFixture[st
         ({}, ConfigError, "target"),
         ({"target_gflops": 0.001, "target_speedup": 2.0}, ConfigError, "target"),
         ({"target_speedup": 1.2, "lr": 0.0}, ConfigError, "lr"),
+        ({"target_speedup": 1.2, "lr": float("inf")}, ConfigError, "lr=inf: .*finite"),
+        ({"target_speedup": 1.2, "distill": float("nan")}, ConfigError, "distill=nan: .*finite"),
         ({"target_speedup": 1.2, "labels": 0.0}, ConfigError, "distill"),
         ({"target_speedup": 1.2, "drop_path": 0.1}, ConfigError, "drop_path"),
         ({"target_speedup": 1.2, "cost": "money"}, ConfigError, "cost"),

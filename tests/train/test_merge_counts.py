@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import timm
 import torch
-from torch import nn
+from learnable import MODELS, NO_CLASS, build, images_for
 
 import vistoken
 from vistoken.api import shape_of
@@ -27,33 +26,7 @@ from vistoken.train.merging import merge_in_place
 from vistoken.train.rates import Plan, Rates
 from vistoken.train.search import learn_schedule
 
-MODELS = {
-    "class": ("deit_tiny_patch16_224", {"img_size": 80, "depth": 4, "embed_dim": 96}),
-    "distilled": ("deit_tiny_distilled_patch16_224", {"img_size": 64, "depth": 4}),
-    "registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 70, "depth": 4, "embed_dim": 96,
-                                                    "num_heads": 3}),
-    "mean": ("vit_base_patch16_224", {"img_size": (48, 112), "depth": 5, "embed_dim": 96,
-                                      "num_heads": 3, "global_pool": "avg"}),
-    "no class": ("vit_base_patch16_224", {"img_size": (48, 112), "depth": 4, "embed_dim": 96,
-                                          "num_heads": 3, "global_pool": "avg",
-                                          "class_token": False}),
-    "rotary": ("eva02_tiny_patch14_224", {"img_size": 70, "depth": 4}),
-}  # fmt: skip
 SMALL = ModelShape.plain(64, 5, (3, 7))
-
-
-def build(key: str) -> nn.Module:
-    name, options = MODELS[key]
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=7, **options).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else 0.03))
-    return model
-
-
-def images_for(model: nn.Module, batch: int = 3) -> torch.Tensor:
-    return torch.randn(batch, 3, *model.patch_embed.img_size)
 
 
 def random_merging(shape: ModelShape, seed: int, blocks: tuple[int, ...]) -> Schedule:
@@ -64,7 +37,7 @@ def random_merging(shape: ModelShape, seed: int, blocks: tuple[int, ...]) -> Sch
     return Schedule.merging(shape, numbers)
 
 
-@pytest.mark.parametrize("key", MODELS)
+@pytest.mark.parametrize("key", [*MODELS, *NO_CLASS])
 def test_masked_training_is_real_merging(key: str) -> None:
     model = build(key)
     images, shape = images_for(model), shape_of(model)
@@ -86,7 +59,7 @@ def test_masked_training_is_real_merging(key: str) -> None:
 
 
 def test_counts_beyond_half_of_the_patches_merge_half() -> None:
-    model = build("class")
+    model = build("deit")
     shape = shape_of(model)
     rates = MergeRates(shape)
     with torch.no_grad():
@@ -148,7 +121,7 @@ def test_a_start_that_merges_more_than_half_is_raised_to_half() -> None:
 
 
 def test_times_of_another_operator_or_model_are_refused() -> None:
-    model, other = build("class"), build("distilled")
+    model, other = build("deit"), build("distilled")
     loader = torch.utils.data.DataLoader(Noise(), 16)
     for timed, method in ((model, "diffrate"), (other, "tome")):
         table = LatencyTable.measure(timed, batch=1, method=method, step=8, repeats=1)
@@ -201,7 +174,7 @@ def test_mask_gradient_is_the_derivative_of_the_relaxed_simulation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Between 0 and 1 masks weigh keys, means and sizes; at the ends one-sided differences hold."""
-    model = build("class").double().requires_grad_(False)
+    model = build("deit").double().requires_grad_(False)
     shape = shape_of(model)
     rates = MergeRates(shape, blocks=[0, 2])
     rates.load(Schedule.merging(shape, [7, 0, 5, 0]))
@@ -266,7 +239,7 @@ class Noise(torch.utils.data.Dataset):
 
 
 def test_learned_numbers_meet_the_target_and_run_as_tome(tmp_path: Path) -> None:
-    model = build("class")
+    model = build("deit")
     shape, loader = shape_of(model), torch.utils.data.DataLoader(Noise(), 16)
     target = 0.7 * FlopsCost(shape).dense
     before = {name: x.clone() for name, x in model.state_dict().items()}
@@ -282,7 +255,7 @@ def test_learned_numbers_meet_the_target_and_run_as_tome(tmp_path: Path) -> None
 
 
 def test_what_does_not_go_together_is_refused() -> None:
-    model = build("class")
+    model = build("deit")
     shape = shape_of(model)
     with pytest.raises(ConfigError, match=r"operator='merge'.*diffrate, tome"):
         RateLearning(backbone=twin(model, shared=False), operator="merge", target_speedup=1.3)

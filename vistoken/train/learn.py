@@ -5,6 +5,7 @@ The paper learns the counts of its own operator. Here they can also be those of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -150,11 +151,11 @@ class RateLearning(LightningModule):  # type: ignore[misc]
         """Raise `ConfigError` for settings that are wrong whatever the model."""
         given = self.hparams
         for name in ("lr", "matching_lr", "backbone_lr", "layer_decay"):
-            if not given[name] > 0:
-                raise ConfigError(f"{name}={given[name]}: must be larger than 0")
+            if not 0 < given[name] < math.inf:
+                raise ConfigError(f"{name}={given[name]}: must be larger than 0, and finite")
         for name in ("cost_weight", "labels", "distill", "lr_min", "drop_path", "matching"):
-            if given[name] < 0:
-                raise ConfigError(f"{name}={given[name]}: must be 0 or larger")
+            if not 0 <= given[name] < math.inf:
+                raise ConfigError(f"{name}={given[name]}: must be 0 or larger, and finite")
         if given["labels"] == given["distill"] == 0:
             raise ConfigError("labels=0 and distill=0: nothing is left that speaks for keeping")
         if given["drop_path"] and not given["finetune"]:
