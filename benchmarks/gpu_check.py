@@ -15,6 +15,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import triton
+from operators import replayed
 
 import vistoken
 from vistoken.api import attachment_of
@@ -45,15 +46,8 @@ def relative(value, exact):
 
 def graph_us(call, repeats=20):
     """Median microseconds of one call inside a CUDA graph of several."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            call()
-    ms = triton.testing.do_bench(graph.replay, warmup=10, rep=50, return_mode="median")
+    run = replayed(call, repeats)
+    ms = triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median")
     return ms * 1e3 / repeats
 
 

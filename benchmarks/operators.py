@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vistoken.eval.record import make_record, write_json
+from vistoken.graphs import record
 
 
 class Clock:
@@ -28,19 +29,21 @@ def say(*words: object) -> None:
     print(*words, flush=True)
 
 
-def graph_ms(call, repeats: int = 10, rounds: int = 15) -> float:
-    """Median milliseconds of one call, from replays of a CUDA graph of several."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+def replayed(call, repeats: int = 3):
+    """A CUDA graph of several calls, ready to be replayed."""
+
+    def several() -> None:
         for _ in range(repeats):
             call()
+
+    graph, _ = record(several, call, times=2)
     graph.replay()
-    return event_ms(graph.replay, rounds) / repeats
+    return graph.replay
+
+
+def graph_ms(call, repeats: int = 10, rounds: int = 15) -> float:
+    """Median milliseconds of one call, from replays of a CUDA graph of several."""
+    return event_ms(replayed(call, repeats), rounds) / repeats
 
 
 def event_ms(call, rounds: int = 15) -> float:

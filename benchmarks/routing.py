@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 import triton
-from operators import Clock, event_ms, graph_ms, relative, save, say
+from operators import Clock, event_ms, graph_ms, relative, replayed, save, say
 from routing_tune import MORE, PROBLEMS, Problem, tune
 from torch import Tensor
 
@@ -229,21 +229,6 @@ def peak_mib(call: Callable[[], object]) -> float:
     call()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def replayed(call: Callable[[], object], repeats: int = 3) -> Callable[[], None]:
-    """A CUDA graph of several calls."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            call()
-    graph.replay()
-    return graph.replay
 
 
 def paired(ours: Callable[[], None], other: Callable[[], None], rounds: int = 15) -> float:

@@ -66,7 +66,9 @@ def test_counts_beyond_half_of_the_patches_merge_half() -> None:
         rates.logits.copy_(torch.linspace(0, 60, shape.patches))  # nearly none kept
     schedule = rates.schedule()
     assert schedule == Schedule.merging(shape, [shape.tokens] * shape.depth)
+    assert rates.counts[:, 0].tolist() == list(schedule.kept), "what is run, not what is wanted"
     plan = rates()
+    assert rates.counts[:, 0].tolist() == list(schedule.kept)
     assert plan.kept.tolist() == list(schedule.kept)
     assert plan.masks.detach()[:, 0].sum(-1).tolist() == list(schedule.kept)
     images = images_for(model)

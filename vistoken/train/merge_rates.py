@@ -64,6 +64,7 @@ class MergeRates(Rates):
         if not self.fixed:
             self.counts.copy_(self.expected().detach())
         kept, _ = self._running_minimum(self.counts.to(self.logits.dtype))
+        self.counts.copy_(self._limits(self.counts, kept))
         leaving = [int(n) for n in kept.tolist()]
         entering = [self.shape.tokens, *leaving[:-1]]
         return Schedule(
@@ -71,7 +72,7 @@ class MergeRates(Rates):
         )
 
     def allowed(self, schedule: Schedule) -> Schedule:
-        """The same, also raised where more than half of the patches would merge."""
+        """The counts of a schedule as far as the rates can hold them, half of a block's at most."""
         before, numbers = self.shape.tokens, []
         for block, wanted in enumerate(schedule.kept):
             most = (before - self.shape.prefix) // 2 if block in self.blocks else 0

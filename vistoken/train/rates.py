@@ -137,11 +137,12 @@ class Rates(nn.Module):
                 "it and use autocast (precision 'bf16-mixed') for the model"
             )
         counts, chance = self.expected(), self.survival()
-        if not self.fixed:
-            self.counts.copy_(counts.detach())
-        ranks = torch.arange(self.shape.tokens, device=counts.device)
         kept, entering = self._running_minimum(counts)
-        hard = (ranks < self._limits(counts, kept).detach()[..., None]).to(chance.dtype)
+        limits = self._limits(counts, kept).detach()
+        if not self.fixed:
+            self.counts.copy_(limits)
+        ranks = torch.arange(self.shape.tokens, device=counts.device)
+        hard = (ranks < limits[..., None]).to(chance.dtype)
         waking = self._waking(chance, kept, entering)
         self.last = Plan(hard + (chance - chance.detach()), kept, waking)
         return self.last
